@@ -1,0 +1,127 @@
+"""Phase 1: the encoder learns to disperse its contexts (OACD).
+
+One epoch is one iteration: the contexts of the previous iteration, shifted right by one token and disturbed
+by noise, go through the encoder once, all positions in parallel; the gradients of the batches
+are averaged (Lightning's accumulation) into one Adam step.
+"""
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from ctxkv_lightning.context.encoder import ContextEncoder
+from ctxkv_lightning.context.oacd import convergence_rate, effective_rank_of, has_plateaued, oacd_loss, singular_values
+from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.store import Store
+
+CONVERGENCE = "pretrain/convergence_rate"
+WEIGHTS = "encoder.pt"
+
+
+class OACDPretrainModule(L.LightningModule):
+    """Trains a `ContextEncoder` on the batches of `ContextDataModule`'s first phase.
+
+    Logs `pretrain/loss` and `pretrain/convergence_rate` once per epoch, and keeps them in `history`. Stops on
+    a plateau by itself; the target rate is an EarlyStopping's `stopping_threshold`. Raises UserError
+    before the update when the loss is not finite.
+    """
+
+    def __init__(
+        self,
+        context_dim: int = 256,
+        embedding_dim: int = 768,
+        lr: float = 0.002,
+        noise: float = 0.1,
+        centroid_weight: float = 0.1,
+        move_threshold: float = 0.03,
+        target_rate: float = 0.9,
+        plateau_rate: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.encoder = ContextEncoder(context_dim, embedding_dim)
+        self.history: list[dict[str, float]] = []
+        self.previous = self.latest = torch.empty(0)
+        self._losses: list[Tensor] = []
+        self._started = 0.0
+
+    def on_fit_start(self) -> None:
+        """Draws the random start N(0, 0.01²). Row t+1 of the (N+1, C) buffers is c_t; row 0 is c_{-1} = 0."""
+        N = self.trainer.datamodule.train_tokens  # type: ignore[attr-defined]
+        self.previous = torch.randn(N + 1, self.hparams["context_dim"], device=self.device) * 0.01
+        self.previous[0] = 0
+        self.latest = torch.zeros_like(self.previous)
+
+    def on_train_epoch_start(self) -> None:
+        self._losses = []
+        self._started = time.perf_counter()
+
+    def training_step(self, batch: Any) -> Tensor:
+        rows = slice(batch.start, batch.start + len(batch.inverse))
+        shifted = self.previous[rows]
+        disturbed = torch.randn_like(shifted).mul_(self.hparams["noise"]).add_(shifted)
+        drive = self.encoder.drive(batch.embeddings)
+        contexts = self.encoder.advance(disturbed, torch.nn.functional.embedding(batch.inverse, drive))
+        self.latest[rows.start + 1 : rows.stop + 1] = contexts.detach()
+        loss = oacd_loss(contexts, self.hparams["centroid_weight"])
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the loss of Phase 1 became {float(loss)} in iteration {self.current_epoch + 1}: "
+                f"lower pretrain.lr (now {self.hparams['lr']:g})"
+            )
+        self._losses.append(loss.detach())
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        rate = convergence_rate(self.latest[1:], self.previous[1:], self.hparams["move_threshold"])
+        loss = float(torch.stack(self._losses).mean())
+        self.log_dict({"pretrain/loss": loss, CONVERGENCE: rate}, prog_bar=True)
+        self.previous, self.latest = self.latest, self.previous
+        seconds = time.perf_counter() - self._started
+        row = {"iteration": self.current_epoch + 1, "loss": loss, "convergence_rate": rate, "seconds": seconds}
+        self.history.append(row)
+        if self.stopped_by == "plateau":
+            self.trainer.should_stop = True
+
+    @property
+    def stopped_by(self) -> Literal["target", "plateau", "limit"]:
+        """Which rule ended Phase 1, or would end it now."""
+        rates = [row["convergence_rate"] for row in self.history]
+        if rates and rates[-1] >= self.hparams["target_rate"]:
+            return "target"
+        return "plateau" if has_plateaued(rates, self.hparams["plateau_rate"]) else "limit"
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])
+
+    def summary(self) -> dict[str, Any]:
+        """What Phase 1 reached, as JSON: iterations, rates, spectrum of the last contexts, history."""
+        singular = singular_values(self.previous[1:].cpu())
+        last = self.history[-1]
+        return {
+            "iterations": last["iteration"],
+            "convergence_rate": last["convergence_rate"],
+            "effective_rank": effective_rank_of(singular),
+            "stopped_by": self.stopped_by,
+            "seconds": sum(row["seconds"] for row in self.history),
+            "history": self.history,
+            "singular_values": singular.tolist(),
+        }
+
+
+def save_encoder(encoder: ContextEncoder, folder: Path) -> None:
+    """Writes the encoder's weights into the folder of a store being built."""
+    torch.save({name: tensor.cpu() for name, tensor in encoder.state_dict().items()}, folder / WEIGHTS)
+
+
+def load_encoder(store: Store) -> ContextEncoder:
+    """The encoder of a store, frozen, in evaluation mode; its sizes are read off its weights."""
+    weights = torch.load(store.path / WEIGHTS, weights_only=True)
+    context_dim, both = weights["linear.weight"].shape
+    encoder = ContextEncoder(context_dim, both - context_dim)
+    encoder.load_state_dict(weights)
+    return encoder.requires_grad_(False).eval()

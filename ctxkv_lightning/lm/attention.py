@@ -1,0 +1,124 @@
+"""Strided attention: each position reads the contexts of now and of I, 2I, … (M-1)I tokens ago.
+
+Positions with the same residue modulo I only ever read each other, so they form an ordinary causal sliding
+window of width M over their own subsequence. Folding the stream by residue, (T) -> (I, T/I), turns
+the strided window into a band; the band is cut into blocks of queries, each of which multiplies one
+dense block of keys. Exact to rounding, no gather, and differentiable on every device.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def strided_attention(
+    query: Tensor, key: Tensor, value: Tensor, interval: int, max_contexts: int, first: Tensor | None = None
+) -> Tensor:
+    """Attention output (B, H, T, d) of queries (B, H, T, d) over keys and values (B, H, S+T, d).
+
+    The first S ≥ 0 keys are history; query i stands at key S+i and reads keys S+i, S+i-I, …, at most
+    M of them. Those before key 0, or before key `first[b]` of row b if `first` (B,) is given, do
+    not exist and get no weight. `first` must not exceed S: a query always sees its own context.
+    """
+    B, H, T, d = query.shape
+    if T == 0:
+        return torch.empty_like(query)
+    S = key.shape[2] - T
+    head = S % interval  # padding queries, so that queries and keys fold at the same residue
+    G = -(-(S + T) // interval)  # positions per residue class, queries and keys
+    Q = G - S // interval
+    tail = G * interval - S - T
+    folded_query = _fold(F.pad(query, (0, 0, head, tail)), interval)
+    blocks = -(-Q // max_contexts)
+    size = -(-Q // blocks)
+    before = max_contexts - 1
+    # Keys of block j: the `size` positions of its queries and the M-1 before them.
+    lead, extra = before - (G - Q), blocks * size - Q
+    keys, values = (
+        _blocks(_pad_front(_fold(F.pad(x, (0, 0, 0, tail)), interval), lead, extra), size + before, size)
+        for x in (key, value)
+    )
+    queries = F.pad(folded_query, (0, 0, 0, extra)).reshape(B, H, interval, blocks, size, d)
+    mask = _band_mask(size, max_contexts, blocks, G - Q, interval, query.device)
+    if first is not None:
+        mask = mask & _exists(first, keys.shape[-2], blocks, size, G - Q - before, interval)
+    mixed = _dense_blocks(queries, keys, values, mask)
+    unfolded = (
+        mixed.reshape(B, H, interval, blocks * size, d)[..., :Q, :].transpose(2, 3).reshape(B, H, Q * interval, d)
+    )
+    return unfolded[:, :, head : head + T]
+
+
+def _fold(x: Tensor, interval: int) -> Tensor:
+    """(B, H, G·I, d) -> (B, H, I, G, d): position g·I + r becomes row g of residue r."""
+    B, H, length, d = x.shape
+    return x.view(B, H, length // interval, interval, d).transpose(2, 3)
+
+
+def _pad_front(x: Tensor, front: int, back: int) -> Tensor:
+    """Zeros before (or, if `front` is negative, rows cut off) and after, along the position axis."""
+    return F.pad(x, (0, 0, front, back))
+
+
+def _blocks(x: Tensor, size: int, step: int) -> Tensor:
+    """(B, H, I, G, d) -> (B, H, I, blocks, size, d): overlapping windows along the position axis."""
+    return x.unfold(3, size, step).transpose(-1, -2)
+
+
+def _band_mask(size: int, M: int, blocks: int, offset: int, interval: int, device: torch.device) -> Tensor:
+    """True where a slot exists: (1, 1, 1, blocks, size, size+M-1), of queries and keys inside a block.
+
+    Key k of a block is read by query i when i ≤ k ≤ i+M-1; its position in the residue class is
+    offset - (M-1) + block·size + k, and must not be negative.
+    """
+    i = torch.arange(size, device=device)[:, None]
+    k = torch.arange(size + M - 1, device=device)
+    position = offset - (M - 1) + torch.arange(blocks, device=device)[:, None, None] * size + k
+    band = (k >= i) & (k <= i + M - 1) & (position >= 0)
+    return band[None, None, None]
+
+
+def _exists(first: Tensor, keys: int, blocks: int, size: int, offset: int, interval: int) -> Tensor:
+    """True where a key is not before its row's first one: (B, 1, I, blocks, 1, keys)."""
+    device = first.device
+    k = torch.arange(keys, device=device)
+    row = offset + torch.arange(blocks, device=device)[:, None] * size + k
+    residue = torch.arange(interval, device=device)[:, None, None]
+    position = row * interval + residue
+    return (position >= first.view(-1, 1, 1, 1))[:, None, :, :, None]
+
+
+def _dense_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Softmax attention inside each block; what padding queries see is cut off later."""
+    if uses_plain_products(query):
+        scores = query @ key.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]))
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return torch.softmax(scores, dim=-1).to(value.dtype) @ value
+    shape = query.shape
+    query, key, value = (x.reshape(1, -1, *x.shape[-2:]) for x in (query, key, value))
+    mask = mask.expand(*shape[:4], *mask.shape[-2:]).reshape(1, -1, *mask.shape[-2:])
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).view(shape)
+
+
+def uses_plain_products(query: Tensor) -> bool:
+    """Whether two matrix products beat the fused kernel: on a CPU in bf16 twice, in fp32 the other way round."""
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16
+
+
+def slot_weights(query: Tensor, key: Tensor, interval: int, max_contexts: int, first: Tensor | None = None) -> Tensor:
+    """Mean attention weight (H, M), fp32, by head and slot over the B·T queries; shapes as in `strided_attention`.
+
+    One pass per slot: for looking at a model, not for training it.
+    """
+    B, H, T, d = query.shape
+    start = key.shape[2] - T
+    existing = torch.zeros(B, 1, device=query.device, dtype=torch.long) if first is None else first[:, None]
+    scores = query.new_full((max_contexts, B, H, T), -math.inf, dtype=torch.float32)
+    for m in range(max_contexts):
+        position = start - m * interval + torch.arange(T, device=query.device)
+        seen = key[:, :, position.clamp_min(0)]
+        score = (query * seen).sum(-1, dtype=torch.float32) / math.sqrt(d)
+        scores[m] = score.masked_fill((position < existing)[:, None], -math.inf)
+    return scores.softmax(dim=0).mean(dim=(1, 3)).T

@@ -1,0 +1,128 @@
+"""Phase 2: attention and feed-forward layers learn on stored contexts, everything else frozen."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric
+
+from ctxkv_lightning.datamodule import IGNORED, Windows
+from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.lm.head import frozen_cross_entropy, score
+from ctxkv_lightning.lm.model import ContextKVLM
+
+MONITOR = "val/ppl"
+"""What early stopping and the best checkpoint go by; logged by `ContextKVLMModule`."""
+
+
+class Perplexity(Metric):
+    """exp(summed NLL / tokens), accumulated in fp64 from fp32 losses, over all ranks."""
+
+    higher_is_better = False
+    full_state_update = False
+    nll: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, nll: Tensor) -> None:
+        """Adds the losses (n,) of n tokens, in nats."""
+        self.nll += nll.sum(dtype=torch.float64)
+        self.tokens += nll.numel()
+
+    def compute(self) -> Tensor:
+        return (self.nll / self.tokens).exp()
+
+
+class ContextKVLMModule(L.LightningModule):
+    """Trains a `ContextKVLM` with AdamW on the windows of a `ContextDataModule`.
+
+    Logs `train/loss` by step and, by epoch, `train/ppl`, `val/ppl`, `val/accuracy`; tests log `test/ppl` and
+    `test/accuracy`. Raises UserError before the update when the loss is not finite, and before
+    anything is saved when the validation PPL is not. Embedding and encoder are taken from the data module.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_dim: int = 768,
+        context_dim: int = 256,
+        heads: int = 8,
+        interval: int = 20,
+        max_contexts: int = 32,
+        ffn_dim: int = 3072,
+        dropout: float = 0.1,
+        lr: float = 0.001,
+        weight_decay: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model = ContextKVLM(
+            vocab_size, embedding_dim, context_dim, heads, interval, max_contexts, ffn_dim, dropout
+        )
+        self.train_ppl, self.val_ppl, self.test_ppl = Perplexity(), Perplexity(), Perplexity()
+        self.val_accuracy, self.test_accuracy = MeanMetric(), MeanMetric()
+
+    def setup(self, stage: str) -> None:
+        """Copies the frozen parts from the data module, once per fit; a checkpoint has them already."""
+        if stage == "fit":
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            self.model.embedding.weight.data.copy_(data.table)
+            self.model.encoder.load_state_dict(data.encoder().state_dict())
+
+    def training_step(self, batch: Windows, batch_index: int) -> Tensor:
+        hidden, targets = self._counted(batch)
+        nll = frozen_cross_entropy(hidden, self.model.embedding.weight, targets)
+        loss = nll.mean()
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the loss became {float(loss)} at step {batch_index + 1} of epoch {self.current_epoch + 1}, before "
+                f"the update: lower train.lr (now {self.hparams['lr']:g}) or set trainer.precision=32-true"
+            )
+        self.train_ppl.update(nll.detach())
+        self.log("train/ppl", self.train_ppl, on_step=False, on_epoch=True)
+        self.log("train/loss", loss.detach(), on_step=True, on_epoch=False)
+        self.log("ppl", loss.detach().exp(), on_step=True, on_epoch=False, prog_bar=True, logger=False)
+        return loss
+
+    def validation_step(self, batch: Windows, batch_index: int) -> None:
+        nll, hits = self._score(batch)
+        self.val_ppl.update(nll)
+        self.val_accuracy.update(hits)
+        self.log(MONITOR, self.val_ppl, on_epoch=True, prog_bar=True)
+        self.log("val/accuracy", self.val_accuracy, on_epoch=True, prog_bar=True)
+
+    def on_validation_epoch_end(self) -> None:
+        perplexity = self.val_ppl.compute()
+        if not torch.isfinite(perplexity):
+            raise UserError(
+                f"the validation PPL of epoch {self.current_epoch + 1} is {float(perplexity)}: "
+                f"lower train.lr (now {self.hparams['lr']:g}); the checkpoints saved so far are good"
+            )
+
+    def test_step(self, batch: Windows, batch_index: int) -> None:
+        nll, hits = self._score(batch)
+        self.test_ppl.update(nll)
+        self.test_accuracy.update(hits)
+        self.log("test/ppl", self.test_ppl, on_epoch=True)
+        self.log("test/accuracy", self.test_accuracy, on_epoch=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"], fused=True)
+
+    def _counted(self, batch: Windows) -> tuple[Tensor, Tensor]:
+        """Hidden states (n, D) and targets (n,) of the positions that count."""
+        hidden = self.model(batch.embeddings, batch.contexts, batch.first)
+        counts = batch.targets != IGNORED
+        return hidden[counts], batch.targets[counts]
+
+    def _score(self, batch: Windows) -> tuple[Tensor, Tensor]:
+        """Losses (n,) in nats and hits (n,) of the positions that count."""
+        hidden, targets = self._counted(batch)
+        nll, hits = score(hidden, self.model.embedding.weight, targets)
+        return nll, hits.float()

@@ -1,0 +1,358 @@
+"""The experiment, stage by stage: text, embedding, Phase 1, contexts, Phase 2, footing, report.
+
+The only place that builds objects from the configuration. Each stage leaves a store, so that another run which
+begins alike starts where the two part.
+"""
+
+import hashlib
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+import yaml
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
+
+from ctxkv_lightning.config import Config
+from ctxkv_lightning.context.pretrain import CONVERGENCE, OACDPretrainModule, save_encoder
+from ctxkv_lightning.datamodule import SPLITS, ContextDataModule
+from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.lm.module import MONITOR, ContextKVLMModule
+from ctxkv_lightning.report.page import summary_table, write_report
+from ctxkv_lightning.run.callbacks import EpochLines, History, Stages, announcing, log, logging_to
+from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.run.machine import describe_machine, describe_versions, resolve_precision
+from ctxkv_lightning.store import Store, create_array, get_or_build
+from ctxkv_lightning.text import embedding, ngram, tokenizer
+from ctxkv_lightning.text.corpus import Corpus, Document, read_files, read_pydocs, split
+
+
+class Text(NamedTuple):
+    """What the text stage hands on."""
+
+    documents: dict[str, tuple[Document, ...]]  # by split
+    tokens: Store
+    vocab_size: int
+
+
+class Trained(NamedTuple):
+    """What Phase 2 hands on."""
+
+    module: ContextKVLMModule
+    history: History
+    stopped_early: bool
+    scores: dict[str, float]  # of the best checkpoint, reloaded
+
+
+def run_experiment(config: Config, folder: Path) -> float:
+    """Runs the whole experiment into `folder`; the validation PPL of its best checkpoint.
+
+    Raises UserError for a mistake in the input; the folder is claimed once the text has proved readable.
+    """
+    stages = Stages()
+    with announcing():
+        with stages("text"):
+            text = prepare_text(config)
+        run = RunFolder.claim(folder)
+        with logging_to(run.log):
+            run.write_config(yaml.safe_dump(asdict(config), sort_keys=False))
+            log.info(f"run folder {run.path}")
+            metrics = run_stages(config, run, text, stages)
+            run.write_metrics(metrics)
+            with stages("report"):
+                report = write_report(run)
+            log.info(f"report {report}")
+        Console().print(summary_table(metrics))
+    return metrics["result"]["val_ppl"]
+
+
+def run_stages(config: Config, run: RunFolder, text: Text, stages: Stages) -> dict[str, Any]:
+    """Everything between the tokens and the report; the contents of metrics.json."""
+    with stages("embedding"):
+        table = build_embedding(config, text)
+        data = build_data(config, text, table)
+    with stages("pretrain"):
+        encoder = pretrain(config, run, data)
+    with stages("contexts"):
+        data.use_encoder(str(encoder.path))
+        data.prepare_data()
+        contexts = data.context_store()
+        log.info(f"contexts exact to {contexts.facts['seam_error']:.1e} at every seam {_reused(contexts)}")
+    with stages("train"):
+        trained = train(config, run, data, text.vocab_size)
+    with stages("footing"):
+        footing = build_footing(config, text)
+    return collect_metrics(config, text, data, encoder, contexts, trained, footing, stages)
+
+
+def prepare_text(config: Config) -> Text:
+    """Documents to token streams."""
+    documents = read_pydocs() if config.data.source == "pydocs" else read_files(config.data.files, config.data.errors)
+    corpus = split(documents, config.data.heldout_bytes)
+    chosen = {"train": corpus.first(config.samples), "validation": corpus.validation, "test": corpus.test}
+    encoding = build_encoding(config, corpus)
+    key = {"documents": {name: _digest(part) for name, part in chosen.items()}}
+    key["encoding"] = tokenizer.fingerprint(encoding)
+
+    def build(folder: Path) -> None:
+        for name, part in chosen.items():
+            ids = tokenizer.encode_documents(encoding, [document.text for document in part])
+            create_array(folder, name, ids.shape, np.int32)[:] = ids
+
+    tokens = get_or_build(config.cache_dir, "tokens", key, build)
+    sizes = {name: len(tokens.array(name)) for name in SPLITS}
+    for name, size in sizes.items():
+        if size < 2:
+            raise UserError(f"the {name} text has {size} tokens and needs at least 2: add text to data.files")
+    if config.interval >= sizes["train"]:
+        raise UserError(f"interval={config.interval} must be below the {sizes['train']:,} training tokens")
+    log.info(
+        f"text {len(chosen['train']):,} documents, {sizes['train']:,} training tokens, vocabulary "
+        f"{encoding.n_vocab:,} {_reused(tokens)}"
+    )
+    return Text(chosen, tokens, encoding.n_vocab)
+
+
+def build_encoding(config: Config, corpus: Corpus) -> Any:
+    """The tokenizer; a learnt one sees every training document, so that all `samples` count the same tokens."""
+    if config.tokenizer.source == "tiktoken":
+        return tokenizer.load_encoding(config.tokenizer.name)
+    key = {"documents": _digest(corpus.train), "vocab_size": config.tokenizer.vocab_size}
+
+    def build(folder: Path) -> None:
+        learnt = tokenizer.learn_bpe((document.text for document in corpus.train), config.tokenizer.vocab_size)
+        tokenizer.save_ranks(learnt, folder / "ranks.tiktoken")
+
+    return tokenizer.load_ranks(get_or_build(config.cache_dir, "bpe", key, build).path / "ranks.tiktoken")
+
+
+def build_embedding(config: Config, text: Text) -> Store:
+    """The frozen table E (V, D)."""
+    options = asdict(config.embedding)
+    key = {"tokens": text.tokens.content, "vocab_size": text.vocab_size, "seed": config.seed, **options}
+
+    def build(folder: Path) -> None:
+        match config.embedding.source:
+            case "svd":
+                ids = text.tokens.array("train")
+                table = embedding.svd_table(ids, text.vocab_size, options["dim"], options["window"], config.seed)
+            case "random":
+                table = embedding.random_table(text.vocab_size, options["dim"], config.seed)
+        create_array(folder, "table", tuple(table.shape), np.float32)[:] = table.numpy()
+
+    return get_or_build(config.cache_dir, "embedding", key, build)
+
+
+def build_data(config: Config, text: Text, table: Store) -> ContextDataModule:
+    """The data module of both phases, still without an encoder."""
+    return ContextDataModule(
+        tokens=str(text.tokens.path),
+        embedding=str(table.path),
+        cache_dir=config.cache_dir,
+        interval=config.interval,
+        max_contexts=config.max_contexts,
+        batch_tokens=config.train.batch_tokens,
+        pretrain_batch_tokens=config.pretrain.batch_tokens,
+        embeddings=config.embeddings,  # type: ignore[arg-type]
+        tolerance=config.contexts.tolerance,
+        seed=config.seed,
+    )
+
+
+def pretrain(config: Config, run: RunFolder, data: ContextDataModule) -> Store:
+    """Phase 1: the store of the trained encoder, with its summary as facts."""
+    options = asdict(config.pretrain)
+    key = {
+        "tokens": data.token_store.content,
+        "embedding": data.embedding_store.content,
+        "context_dim": config.context_dim,
+        "seed": config.seed,
+        **options,
+    }
+
+    def build(folder: Path) -> dict[str, Any]:
+        L.seed_everything(config.seed, verbose=False)
+        module = OACDPretrainModule(
+            config.context_dim,
+            data.table.shape[1],
+            *(options[name] for name in ("lr", "noise", "centroid_weight", "move_threshold", "target_rate", "plateau_rate")),
+        )
+        target = EarlyStopping(
+            CONVERGENCE,
+            mode="max",
+            patience=options["max_iterations"],
+            stopping_threshold=options["target_rate"],
+            check_on_train_epoch_end=True,
+        )
+        trainer = build_trainer(
+            config,
+            run,
+            "pretrain",
+            precision="32-true",
+            max_epochs=options["max_iterations"],
+            accumulate_grad_batches=len(data.train_dataloader()),
+            gradient_clip_val=options["clip_norm"],
+            limit_val_batches=0,
+            enable_checkpointing=False,
+            callbacks=[target, EpochLines(_pretrain_line)],
+        )
+        trainer.fit(module, datamodule=data)
+        save_encoder(module.encoder, folder)
+        return module.summary()
+
+    store = get_or_build(config.cache_dir, "encoder", key, build)
+    facts = store.facts
+    log.info(
+        f"Phase 1 {facts['iterations']} iterations, {facts['convergence_rate']:.1%} converged, "
+        f"effective rank {facts['effective_rank']:.1%} {_reused(store)}"
+    )
+    return store
+
+
+def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: int) -> Trained:
+    """Phase 2, then the best checkpoint reloaded: validated, and tested once."""
+    L.seed_everything(config.seed, verbose=False)
+    module = ContextKVLMModule(
+        vocab_size=vocab_size,
+        embedding_dim=config.embedding.dim,
+        context_dim=config.context_dim,
+        heads=config.heads,
+        interval=config.interval,
+        max_contexts=config.max_contexts,
+        ffn_dim=config.model.ffn_dim,
+        dropout=config.model.dropout,
+        lr=config.train.lr,
+        weight_decay=config.train.weight_decay,
+    )
+    columns = {"train_ppl": "train/ppl", "val_ppl": MONITOR, "val_accuracy": "val/accuracy"}
+    history = History(columns, data.train_tokens - 1)
+    patience = EarlyStopping(MONITOR, mode="min", patience=config.train.patience, check_finite=True)
+    best = ModelCheckpoint(
+        run.checkpoints, filename="best", monitor=MONITOR, mode="min", save_last=True, enable_version_counter=False
+    )
+    trainer = build_trainer(
+        config,
+        run,
+        "train",
+        precision=resolve_precision(config.trainer.precision, config.trainer.accelerator),
+        max_epochs=config.train.max_epochs,
+        callbacks=[history, EpochLines(_train_line), patience, best],
+    )
+    trainer.fit(module, datamodule=data)
+    scores = {}
+    for evaluate in (trainer.validate, trainer.test):
+        scores |= evaluate(module, datamodule=data, ckpt_path=best.best_model_path, weights_only=True, verbose=False)[0]
+    return Trained(module, history, patience.stopped_epoch > 0, scores)
+
+
+def build_trainer(config: Config, run: RunFolder, phase: str, *, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
+    """A Trainer that logs `phase` into the run folder, with a progress bar where somebody can see it."""
+    hardware = asdict(config.trainer)
+    visible = hardware.pop("enable_progress_bar")
+    visible = sys.stdout.isatty() if visible is None else visible
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    return L.Trainer(
+        **{**hardware, **options},
+        default_root_dir=run.path,
+        logger=CSVLogger(run.path, name="", version=phase),
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        enable_progress_bar=visible,
+        callbacks=[*callbacks, *([RichProgressBar()] if visible else [])],
+    )
+
+
+def build_footing(config: Config, text: Text) -> dict[str, float]:
+    """The perplexities of the counting models on the same tokens."""
+
+    def build(folder: Path) -> dict[str, float]:
+        return ngram.footing(*(text.tokens.array(name) for name in SPLITS), text.vocab_size)
+
+    key = {"tokens": text.tokens.content, "vocab_size": text.vocab_size}
+    return get_or_build(config.cache_dir, "footing", key, build).facts
+
+
+def collect_metrics(
+    config: Config,
+    text: Text,
+    data: ContextDataModule,
+    encoder: Store,
+    contexts: Store,
+    trained: Trained,
+    footing: dict[str, float],
+    stages: Stages,
+) -> dict[str, Any]:
+    """The contents of metrics.json (DESIGN §4)."""
+    epochs = trained.history.epochs
+    best = min(epochs, key=lambda row: row["val_ppl"])
+    val_ppl, precision = trained.scores[MONITOR], trained.module.trainer.precision
+    return {
+        "config": asdict(config),
+        "versions": describe_versions(),
+        "machine": describe_machine(str(trained.module.trainer.strategy.root_device), str(precision)),
+        "data": {
+            "train_tokens": data.train_tokens,
+            "val_tokens": len(text.tokens.array("validation")),
+            "test_tokens": len(text.tokens.array("test")),
+            "train_documents": len(text.documents["train"]),
+            "val_documents": len(text.documents["validation"]),
+            "test_documents": len(text.documents["test"]),
+            "vocab_size": text.vocab_size,
+            "sha256": text.tokens.content,
+        },
+        "parameters": trained.module.model.parameter_counts(),
+        "window": {
+            "interval": config.interval,
+            "max_contexts": config.max_contexts,
+            "span_tokens": (config.max_contexts - 1) * config.interval + 1,
+            "theoretical_max": data.train_tokens // config.interval + 1,
+        },
+        "pretrain": {**encoder.facts, "reused": encoder.reused},
+        "contexts": {**contexts.facts, "reused": contexts.reused, "bytes": data.sizes()},
+        "train": {"epochs": epochs, "best_epoch": best["epoch"], "stopped_early": trained.stopped_early},
+        "result": {
+            "val_ppl": val_ppl,
+            "val_accuracy": trained.scores["val/accuracy"],
+            "test_ppl": trained.scores["test/ppl"],
+            "test_accuracy": trained.scores["test/accuracy"],
+            "train_val_gap": val_ppl - best["train_ppl"],
+        },
+        "footing": footing,
+        "memory": stages.memory,
+        "seconds": {**stages.seconds, "total": sum(stages.seconds.values())},
+        "attention": {"slot_weights": mean_slot_weights(trained.module, data)},
+    }
+
+
+@torch.no_grad()
+def mean_slot_weights(module: ContextKVLMModule, data: ContextDataModule) -> list[list[float]]:
+    """Mean attention weight by head and slot (H lists of M) over the first validation windows."""
+    windows = next(iter(data.val_dataloader()))
+    return module.model.cpu().attention.slot_weights(windows.embeddings, windows.contexts, windows.first).tolist()
+
+
+def _digest(documents: tuple[Document, ...]) -> str:
+    return hashlib.sha256(json.dumps([document.text for document in documents]).encode()).hexdigest()
+
+
+def _reused(store: Store) -> str:
+    return "(reused)" if store.reused else ""
+
+
+def _pretrain_line(epoch: int, metrics: dict[str, float]) -> str:
+    return f"  iteration {epoch:2d}  loss {metrics['pretrain/loss']:8.4f}  converged {metrics[CONVERGENCE]:6.1%}"
+
+
+def _train_line(epoch: int, metrics: dict[str, float]) -> str:
+    return (
+        f"  epoch {epoch:2d}  train PPL {metrics['train/ppl']:8.1f}  val PPL {metrics[MONITOR]:8.1f}  "
+        f"val accuracy {metrics['val/accuracy']:5.1%}"
+    )

@@ -1,0 +1,110 @@
+"""What a run tells while it goes on: a line per epoch, the history, time and memory by stage.
+
+Knows Lightning's Trainer and the names of logged metrics it is given; knows no model.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+log = logging.getLogger("ctxkv_lightning")
+
+
+class Announcer(logging.Handler):
+    """Prints log lines to whatever stdout is now, so that a live progress bar can move out of their way."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
+@contextmanager
+def announcing() -> Iterator[None]:
+    """Prints this package's log lines while the block runs."""
+    handler = Announcer()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+@contextmanager
+def logging_to(file: Path) -> Iterator[None]:
+    """Copies this package's log lines into `file`, with the time, while the block runs."""
+    handler = logging.FileHandler(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+class EpochLines(Callback):
+    """Logs one line at the end of each training epoch, made by `line(epoch, metrics)`."""
+
+    def __init__(self, line: Callable[[int, dict[str, float]], str]) -> None:
+        self.line = line
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        log.info(self.line(trainer.current_epoch + 1, metrics))
+
+
+class History(Callback):
+    """Keeps one row per training epoch: the logged metrics named in `columns`, seconds and tokens per second."""
+
+    def __init__(self, columns: dict[str, str], tokens: int) -> None:
+        self.columns = columns
+        self.tokens = tokens
+        self.epochs: list[dict[str, float]] = []
+        self._started = self._trained = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trained = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        seconds = time.perf_counter() - self._started
+        row: dict[str, Any] = {"epoch": trainer.current_epoch + 1}
+        row |= {column: float(trainer.callback_metrics[name]) for column, name in self.columns.items()}
+        row |= {"seconds": seconds, "tokens_per_second": self.tokens / (self._trained - self._started)}
+        self.epochs.append(row)
+
+
+class Stages:
+    """Seconds by stage, and memory at each stage's end."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.memory: list[dict[str, Any]] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Times the block as stage `name` and notes the memory in use when it ends."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+        self.memory.append({"stage": name, "cpu_gb": resident_gb(), "gpu_gb": gpu_peak_gb()})
+
+
+def resident_gb() -> float:
+    """Memory of this process that is resident now, in GB (10⁹ bytes)."""
+    return psutil.Process().memory_info().rss / 1e9
+
+
+def gpu_peak_gb() -> float | None:
+    """Peak memory that tensors took on the current GPU, in GB; None without a GPU."""
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None

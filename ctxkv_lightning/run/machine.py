@@ -1,0 +1,35 @@
+"""What the run ran on: processor, precision, versions."""
+
+import platform
+from importlib.metadata import version
+
+import torch
+
+PACKAGES = ("ctxkv-lightning", "torch", "lightning", "hydra-core", "omegaconf", "torchmetrics", "tiktoken", "numpy")
+
+
+def resolve_precision(asked: str, accelerator: str) -> str:
+    """Lightning's precision flag: `auto` becomes bf16-mixed where the processor multiplies bf16, else 32-true."""
+    if asked != "auto":
+        return asked
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available() and cpu_multiplies_bf16():
+        return "bf16-mixed"
+    return "32-true"
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether the CPU has bf16 dot products (AVX512_BF16 or AMX), not only a slow emulation."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def describe_machine(device: str, precision: str) -> dict[str, str | int]:
+    """Device and precision of Phase 2, the processor's name and the number of CPU threads."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    return {"device": device, "precision": precision, "processor": name, "threads": torch.get_num_threads()}
+
+
+def describe_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that change numbers."""
+    return {"python": platform.python_version(), **{name.replace("-", "_"): version(name) for name in PACKAGES}}

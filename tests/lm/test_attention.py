@@ -1,0 +1,103 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctxkv_lightning.lm import attention
+from ctxkv_lightning.lm.attention import strided_attention
+from tests import oracles
+
+
+def draw(T, S, seed, B=2, H=2, d=4):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (B, H, T, d), (B, H, S + T, d), (B, H, S + T, d)
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+def assert_same(fast, slow, inputs):
+    """Values and gradients, the latter under a random projection."""
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=0)
+    weights = torch.randn(slow.shape, generator=torch.Generator().manual_seed(0))
+    gradients = (torch.autograd.grad((x * weights).sum(), inputs) for x in (fast, slow))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    T=st.integers(1, 70),
+    S=st.integers(0, 65),
+    interval=st.integers(1, 80),
+    max_contexts=st.integers(1, 12),
+    seed=st.integers(0, 999),
+)
+def test_folded_attention_equals_gathering(T, S, interval, max_contexts, seed):
+    inputs = draw(T, S, seed)
+    fast = strided_attention(*inputs, interval, max_contexts)
+    assert_same(fast, oracles.gather_attention(*inputs, interval, max_contexts), inputs)
+
+
+@pytest.mark.parametrize(
+    ("T", "S", "interval", "max_contexts"),
+    [
+        (1, 0, 20, 32),
+        (19, 0, 20, 32),
+        (20, 0, 20, 32),
+        (21, 620, 20, 32),
+        (97, 3, 1, 1),
+        (50, 49, 7, 1),
+        (45, 0, 1, 32),
+    ],
+)
+def test_awkward_sizes(T, S, interval, max_contexts):
+    inputs = draw(T, S, 7)
+    fast = strided_attention(*inputs, interval, max_contexts)
+    assert_same(fast, oracles.gather_attention(*inputs, interval, max_contexts), inputs)
+
+
+@settings(deadline=None, max_examples=60)
+@given(T=st.integers(1, 40), interval=st.integers(1, 15), max_contexts=st.integers(1, 6), seed=st.integers(0, 99))
+def test_contexts_before_the_first_do_not_exist(T, interval, max_contexts, seed):
+    """Row b with first[b] missing contexts equals that row with its history cut off, whatever stands there."""
+    S = (max_contexts - 1) * interval
+    query, key, value = draw(T, S, seed)
+    first = torch.tensor([S, S // 2])
+    fast = strided_attention(query, key, value, interval, max_contexts, first)
+    for b in range(2):
+        row = slice(b, b + 1)
+        cut = [query[row], key[row, :, first[b] :], value[row, :, first[b] :]]
+        torch.testing.assert_close(fast[row], oracles.gather_attention(*cut, interval, max_contexts), atol=1e-5, rtol=0)
+    gradient = torch.autograd.grad(fast.sum(), value)[0]
+    assert not gradient[0, :, :S].any()
+    assert not gradient[1, :, : S // 2].any()
+
+
+def test_bf16_products_on_the_cpu_agree_with_fp32():
+    inputs = draw(70, 40, 3)
+    exact = strided_attention(*inputs, 7, 5)
+    rounded = strided_attention(*(x.bfloat16() for x in inputs), 7, 5)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).abs().max().item() < 0.05
+
+
+def test_both_kernels_agree_in_fp32(monkeypatch):
+    inputs = draw(70, 40, 3)
+    fused = strided_attention(*inputs, 7, 5)
+    with torch.autocast("cpu", enabled=False):
+        monkeypatch.setattr(attention, "uses_plain_products", lambda query: True)
+        plain = strided_attention(*inputs, 7, 5)
+    assert_same(plain, fused, inputs)
+
+
+def test_no_queries_give_no_output():
+    query, key, value = draw(0, 5, 0)
+    assert strided_attention(query, key, value, 3, 2).shape == (2, 2, 0, 4)
+
+
+@settings(deadline=None, max_examples=30)
+@given(T=st.integers(1, 30), S=st.integers(0, 30), interval=st.integers(1, 12), max_contexts=st.integers(1, 6))
+def test_slot_weights_equal_the_loop_and_sum_to_one(T, S, interval, max_contexts):
+    query, key, _ = (x.detach() for x in draw(T, S, T))
+    weights = attention.slot_weights(query, key, interval, max_contexts)
+    torch.testing.assert_close(weights, oracles.slot_weights(query, key, interval, max_contexts), atol=1e-5, rtol=0)
+    torch.testing.assert_close(weights.sum(1), torch.ones(2), atol=1e-5, rtol=0)

@@ -1,0 +1,73 @@
+"""The slow, obvious twins. Every fast path must agree with one of these; they import torch only."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def contexts_step_by_step(encoder, embeddings: Tensor) -> Tensor:
+    """c_t = LN(c_{t-1} + GELU(W [c_{t-1}; e_t] + b)), one token after another, with the concatenation built."""
+    context = torch.zeros(encoder.context_dim, dtype=embeddings.dtype)
+    rows = []
+    for embedding in embeddings:
+        hidden = F.linear(torch.cat([context, embedding]), encoder.linear.weight, encoder.linear.bias)
+        context = F.layer_norm(context + F.gelu(hidden), context.shape, encoder.norm.weight, encoder.norm.bias)
+        rows.append(context)
+    return torch.stack(rows) if rows else embeddings.new_empty(0, encoder.context_dim)
+
+
+def gather_attention(query: Tensor, key: Tensor, value: Tensor, interval: int, max_contexts: int) -> Tensor:
+    """Strided attention slot by slot: query i, at key S+i, sees keys S+i, S+i-I, ..., at most M of them."""
+    T, d = query.shape[2:]
+    S = key.shape[2] - T
+    rows = []
+    for i in range(T):
+        slots = [S + i - m * interval for m in range(max_contexts) if S + i - m * interval >= 0]
+        scores = torch.einsum("bhd,bhmd->bhm", query[:, :, i], key[:, :, slots]) / math.sqrt(d)
+        rows.append(torch.einsum("bhm,bhmd->bhd", scores.softmax(dim=-1), value[:, :, slots]))
+    return torch.stack(rows, dim=2) if rows else torch.empty_like(query)
+
+
+def slot_weights(query: Tensor, key: Tensor, interval: int, max_contexts: int) -> Tensor:
+    """Mean attention weight (H, M) by head and slot, over the queries of one sequence; absent slots weigh nothing."""
+    B, H, T, d = query.shape
+    S = key.shape[2] - T
+    total = torch.zeros(H, max_contexts)
+    for b in range(B):
+        for i in range(T):
+            slots = [S + i - m * interval for m in range(max_contexts) if S + i - m * interval >= 0]
+            scores = torch.einsum("hd,hmd->hm", query[b, :, i], key[b, :, slots]) / math.sqrt(d)
+            total[:, : len(slots)] += scores.softmax(dim=-1)
+    return total / (B * T)
+
+
+def full_logit_loss(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood (N,) from the whole N×V matrix of logits."""
+    return F.cross_entropy(hidden @ table.T, targets, reduction="none")
+
+
+def effective_rank_by_svd(contexts: Tensor) -> float:
+    """exp(entropy of the normalised singular values) / C, from the singular value decomposition."""
+    singular = torch.linalg.svdvals(contexts.double())
+    singular = torch.cat([singular, singular.new_zeros(contexts.shape[1] - len(singular))])
+    if singular.sum() == 0:
+        return 0.0
+    share = singular / singular.sum()
+    entropy = -sum(float(p) * math.log(float(p)) for p in share if p > 0)
+    return math.exp(entropy) / contexts.shape[1]
+
+
+def oacd_from_formula(contexts: Tensor, centroid_weight: float) -> Tensor:
+    """-sqrt(sum of squared distances to the mean) / n + weight * |mean|²."""
+    n = len(contexts)
+    mean = sum(contexts) / n
+    squares = sum(((row - mean) ** 2).sum() for row in contexts)
+    return -(squares**0.5) / n + centroid_weight * (mean**2).sum()
+
+
+def convergence_from_formula(current: Tensor, previous: Tensor, threshold: float) -> float:
+    """Share of rows whose mean squared difference is below the threshold, row by row."""
+    moved = [float(((a - b) ** 2).mean()) < threshold for a, b in zip(current, previous, strict=True)]
+    return sum(moved) / len(moved)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from ctxkv_lightning.datamodule import SPLITS, ContextDataModule
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import MONITOR, ContextKVLMModule
 from ctxkv_lightning.report.page import summary_table, write_report
-from ctxkv_lightning.run.callbacks import EpochLines, History, Stages, announcing, log, logging_to
+from ctxkv_lightning.run.callbacks import History, Stages, announcing, log, logging_to
 from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.run.machine import describe_machine, describe_versions, resolve_precision
 from ctxkv_lightning.store import Store, create_array, get_or_build
@@ -141,7 +142,7 @@ def build_embedding(config: Config, text: Text) -> Store:
     def build(folder: Path) -> None:
         match config.embedding.source:
             case "svd":
-                ids = text.tokens.array("train")
+                ids = text.tokens.array("train").astype(np.int64)
                 table = embedding.svd_table(ids, text.vocab_size, options["dim"], options["window"], config.seed)
             case "random":
                 table = embedding.random_table(text.vocab_size, options["dim"], config.seed)
@@ -201,7 +202,7 @@ def pretrain(config: Config, run: RunFolder, data: ContextDataModule) -> Store:
             gradient_clip_val=options["clip_norm"],
             limit_val_batches=0,
             enable_checkpointing=False,
-            callbacks=[target, EpochLines(_pretrain_line)],
+            callbacks=[target],
         )
         trainer.fit(module, datamodule=data)
         save_encoder(module.encoder, folder)
@@ -243,7 +244,7 @@ def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: i
         "train",
         precision=resolve_precision(config.trainer.precision, config.trainer.accelerator),
         max_epochs=config.train.max_epochs,
-        callbacks=[history, EpochLines(_train_line), patience, best],
+        callbacks=[history, patience, best],
     )
     trainer.fit(module, datamodule=data)
     scores = {}
@@ -257,7 +258,7 @@ def build_trainer(config: Config, run: RunFolder, phase: str, *, callbacks: list
     hardware = asdict(config.trainer)
     visible = hardware.pop("enable_progress_bar")
     visible = sys.stdout.isatty() if visible is None else visible
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    quiet_lightning()
     return L.Trainer(
         **{**hardware, **options},
         default_root_dir=run.path,
@@ -268,6 +269,13 @@ def build_trainer(config: Config, run: RunFolder, phase: str, *, callbacks: list
         enable_progress_bar=visible,
         callbacks=[*callbacks, *([RichProgressBar()] if visible else [])],
     )
+
+
+def quiet_lightning() -> None:
+    """Silences what Lightning says that no user can act on."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*`val_dataloader` but have no `validation_step`")  # Phase 1 validates nothing
+    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")  # Lightning 2.6's own call into torch 2.13
 
 
 def build_footing(config: Config, text: Text) -> dict[str, float]:
@@ -345,14 +353,3 @@ def _digest(documents: tuple[Document, ...]) -> str:
 
 def _reused(store: Store) -> str:
     return "(reused)" if store.reused else ""
-
-
-def _pretrain_line(epoch: int, metrics: dict[str, float]) -> str:
-    return f"  iteration {epoch:2d}  loss {metrics['pretrain/loss']:8.4f}  converged {metrics[CONVERGENCE]:6.1%}"
-
-
-def _train_line(epoch: int, metrics: dict[str, float]) -> str:
-    return (
-        f"  epoch {epoch:2d}  train PPL {metrics['train/ppl']:8.1f}  val PPL {metrics[MONITOR]:8.1f}  "
-        f"val accuracy {metrics['val/accuracy']:5.1%}"
-    )

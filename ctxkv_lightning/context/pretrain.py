@@ -5,6 +5,7 @@ by noise, go through the encoder once, all positions in parallel; the gradients 
 are averaged (Lightning's accumulation) into one Adam step.
 """
 
+import logging
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.context.oacd import convergence_rate, effective_rank_of, has_plateaued, oacd_loss, singular_values
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.store import Store
+
+log = logging.getLogger(__name__)
 
 CONVERGENCE = "pretrain/convergence_rate"
 WEIGHTS = "encoder.pt"
@@ -84,6 +87,7 @@ class OACDPretrainModule(L.LightningModule):
         seconds = time.perf_counter() - self._started
         row = {"iteration": self.current_epoch + 1, "loss": loss, "convergence_rate": rate, "seconds": seconds}
         self.history.append(row)
+        log.info(f"  iteration {row['iteration']:2d}  loss {loss:8.4f}  converged {rate:6.1%}  {seconds:.1f} s")
         if self.stopped_by == "plateau":
             self.trainer.should_stop = True
 

@@ -1,5 +1,6 @@
 """Phase 2: attention and feed-forward layers learn on stored contexts, everything else frozen."""
 
+import logging
 from typing import Any
 
 import lightning as L
@@ -11,6 +12,8 @@ from ctxkv_lightning.datamodule import IGNORED, Windows
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.head import frozen_cross_entropy, score
 from ctxkv_lightning.lm.model import ContextKVLM
+
+log = logging.getLogger(__name__)
 
 MONITOR = "val/ppl"
 """What early stopping and the best checkpoint go by; logged by `ContextKVLMModule`."""
@@ -103,6 +106,13 @@ class ContextKVLMModule(L.LightningModule):
                 f"the validation PPL of epoch {self.current_epoch + 1} is {float(perplexity)}: "
                 f"lower train.lr (now {self.hparams['lr']:g}); the checkpoints saved so far are good"
             )
+
+    def on_train_epoch_end(self) -> None:
+        logged = self.trainer.callback_metrics
+        log.info(
+            f"  epoch {self.current_epoch + 1:2d}  train PPL {logged['train/ppl']:8.1f}  "
+            f"val PPL {logged[MONITOR]:8.1f}  val accuracy {logged['val/accuracy']:5.1%}"
+        )
 
     def test_step(self, batch: Windows, batch_index: int) -> None:
         nll, hits = self._score(batch)

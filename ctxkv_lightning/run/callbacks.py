@@ -1,11 +1,11 @@
-"""What a run tells while it goes on: a line per epoch, the history, time and memory by stage.
+"""What a run tells while it goes on: log lines, the history of epochs, time and memory by stage.
 
 Knows Lightning's Trainer and the names of logged metrics it is given; knows no model.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,17 +48,6 @@ def logging_to(file: Path) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         handler.close()
-
-
-class EpochLines(Callback):
-    """Logs one line at the end of each training epoch, made by `line(epoch, metrics)`."""
-
-    def __init__(self, line: Callable[[int, dict[str, float]], str]) -> None:
-        self.line = line
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        log.info(self.line(trainer.current_epoch + 1, metrics))
 
 
 class History(Callback):

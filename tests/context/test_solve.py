@@ -28,7 +28,7 @@ def test_contexts_equal_the_loop_at_any_length(N, segment, warm_up, block):
         patch.setattr(solve, "SEGMENT", segment)
         patch.setattr(solve, "WARM_UP", warm_up)
         patch.setattr(solve, "BLOCK", block)
-        encoder, embeddings = forgetful(6, 10, N), normalised(N, 10, N)
+        encoder, embeddings = forgetful(32, 64, N), normalised(N, 64, N)
         contexts, error = solve.solve_contexts(encoder, embeddings, tolerance=1e-6)
     assert error <= 1e-6
     torch.testing.assert_close(contexts, contexts_step_by_step(encoder, embeddings), atol=1e-5, rtol=0)

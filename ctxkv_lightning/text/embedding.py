@@ -1,0 +1,162 @@
+"""The frozen table E: one vector per token, made from the training stream alone or from nothing.
+
+A table is a float32 tensor `(V, D)`, a function of its arguments: same inputs, same bits, and torch's global
+random state stays as it was. Its one free constant, the scale, is set by `calibrate`.
+Letters: `N` tokens of the stream, `V` vocabulary size, `D` embedding dimension.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy import optimize, sparse
+
+Ids = NDArray[np.int64]
+
+EXCESS_NATS = 0.1
+"""How far above ln V the untrained model's loss may lie."""
+
+CONTEXT_SMOOTHING = 0.75
+"""Power on the context counts in the PPMI; 1 would favour rare contexts (Levy, Goldberg & Dagan, 2015)."""
+
+FILLER = 0.25
+"""Size of the random filler of empty rows and columns, relative to the table's root mean square."""
+
+OVERSAMPLING = 32
+"""Directions the randomised SVD computes beyond those it returns."""
+
+POWER_STEPS = 2
+
+RANK_TOLERANCE = 1e-4
+"""Singular values below this share of the largest, and rows below this share of the mean, count as zero."""
+
+LAYER_NORM_EPS = 1e-5
+"""torch's default, which the model's LayerNorm uses; it is felt where a scaled row's variance is as small."""
+
+SCALE_TOLERANCE = 1e-3
+"""Relative accuracy of the scale: 1e-3 moves the untrained loss by about 1e-3 nats."""
+
+CHUNK = 256
+"""Rows of logits at a time: bounds memory where V is large."""
+
+TINY = float(np.finfo(np.float32).tiny)
+
+SAMPLE = 1024
+"""Token pairs whose mean loss `calibrate` measures."""
+
+
+def ppmi(ids: Ids, vocab_size: int, window: int = 4) -> sparse.csr_array:
+    """Positive pointwise mutual information of tokens and their neighbours, sparse `(V, V)`.
+
+    n(w, c) sums 1/g over the pairs g tokens apart, g = 1 … `window`, to either side: nearer neighbours say
+    more about what comes next. With n(w), n(c) its marginals and α = `CONTEXT_SMOOTHING`,
+    PPMI(w, c) = max(0, ln [n(w, c) / n(w) · Σ_c' n(c')^α / n(c)^α])  (Levy, Goldberg & Dagan, 2015).
+    """
+    gaps = [gap for gap in range(1, window + 1) if gap < len(ids)]
+    left = np.concatenate([ids[:0], *(ids[:-gap] for gap in gaps)])
+    right = np.concatenate([ids[:0], *(ids[gap:] for gap in gaps)])
+    weights = np.concatenate([np.zeros(0), *(np.full(len(ids) - gap, 1 / gap) for gap in gaps)])
+    counts = sparse.coo_array((weights, (left, right)), shape=(vocab_size, vocab_size)).tocsr()
+    cells = (counts + counts.T).tocoo()
+    marginal = np.bincount(cells.row, cells.data, vocab_size)
+    smoothed = marginal**CONTEXT_SMOOTHING
+    ratio = cells.data / marginal[cells.row] * smoothed.sum() / smoothed[cells.col]
+    kept = ratio > 1
+    places = (cells.row[kept], cells.col[kept])
+    return sparse.coo_array((np.log(ratio[kept]), places), shape=(vocab_size, vocab_size)).tocsr()
+
+
+def truncated_svd(matrix: sparse.csr_array, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left singular vectors `(V, K)` and singular values `(K,)`, K = min(rank, V), largest first.
+
+    Randomised range finder with `POWER_STEPS` orthonormalised power iterations (Halko, Martinsson & Tropp,
+    2011); exact where rank + `OVERSAMPLING` reaches V.
+    """
+    A, A_transposed = _as_torch(matrix), _as_torch(matrix.T)
+    V = matrix.shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    Q = torch.randn(V, min(rank + OVERSAMPLING, V), generator=generator)
+    Q = torch.linalg.qr(torch.sparse.mm(A, Q)).Q
+    for _ in range(POWER_STEPS):
+        Q = torch.linalg.qr(torch.sparse.mm(A, torch.sparse.mm(A_transposed, Q))).Q
+    B = torch.sparse.mm(A_transposed, Q).double()
+    squares, vectors = torch.linalg.eigh(B.T @ B)
+    K = min(rank, V)
+    values = squares.flip(0)[:K].clamp(min=0).sqrt().float()
+    return Q @ vectors.flip(1)[:, :K].float(), values
+
+
+def _as_torch(matrix: sparse.csr_array) -> torch.Tensor:
+    cells = matrix.tocoo()
+    places = torch.from_numpy(np.stack([cells.row, cells.col]).astype(np.int64))
+    values = torch.from_numpy(cells.data.astype(np.float32))
+    return torch.sparse_coo_tensor(places, values, cells.shape, check_invariants=False).coalesce()
+
+
+def svd_table(ids: Ids, vocab_size: int, dim: int, window: int = 4, seed: int = 42) -> torch.Tensor:
+    """U √S of the truncated SVD of the training stream's PPMI, calibrated, `(V, D)`.
+
+    The power ½ of S follows Levy, Goldberg & Dagan (2015). Rows of tokens without a neighbour worth noting,
+    and columns beyond the matrix's rank, are small noise: LayerNorm turns a row of zeros into zeros, and all
+    such tokens into one.
+    """
+    U, S = truncated_svd(ppmi(ids, vocab_size, window), dim, seed)
+    S = torch.where(S / S[0].clamp(min=TINY) > RANK_TOLERANCE, S, 0.0)
+    missing = (0, dim - len(S))
+    return calibrate(_fill(F.pad(U * S.sqrt(), missing), F.pad(S, missing) == 0, seed), ids, seed)
+
+
+def _fill(table: torch.Tensor, empty_columns: torch.Tensor, seed: int) -> torch.Tensor:
+    size = table.square().mean().sqrt()
+    empty_rows = table.norm(dim=1, keepdim=True) <= RANK_TOLERANCE * size
+    noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(seed))
+    noise *= FILLER * size if size > 0 else 1.0
+    return torch.where(empty_rows | empty_columns, noise, table)
+
+
+def random_table(vocab_size: int, dim: int, seed: int = 42) -> torch.Tensor:
+    """Rows from N(0, 1), calibrated on pairs of uniformly drawn tokens, `(V, D)`."""
+    table = torch.randn(vocab_size, dim, generator=torch.Generator().manual_seed(seed))
+    uniform = np.random.default_rng(seed).integers(0, vocab_size, SAMPLE + 1)
+    return calibrate(table, uniform, seed)
+
+
+def calibrate(table: torch.Tensor, ids: Ids, seed: int = 42) -> torch.Tensor:
+    """The table times the largest constant at which the untrained tied model loses ln V + `EXCESS_NATS`.
+
+    The untrained model ends in h = LayerNorm(E[x]) + LayerNorm(noise), for its attention adds little to the
+    token's own vector x and its feed-forward layer noise; logits are h Eᵀ. The loss, log-sum-exp minus the
+    next token's logit, is averaged over up to `SAMPLE` pairs of neighbours in `ids (N,)`, drawn evenly. As
+    it is convex in the constant and ln V at 0, it crosses once; a table that never crosses
+    (one token, say) keeps a root mean square of 1. Too large a constant makes every token predict itself.
+    """
+    table = table / table.square().mean().sqrt().clamp(min=TINY)
+    excess = _excess_loss(table, ids, seed)
+    if excess(1.0) <= EXCESS_NATS:
+        return table
+    return table * optimize.brentq(lambda scale: excess(scale) - EXCESS_NATS, 0.0, 1.0, xtol=1e-9, rtol=SCALE_TOLERANCE)
+
+
+def _excess_loss(table: torch.Tensor, ids: Ids, seed: int) -> Callable[[float], float]:
+    """The untrained model's loss above ln V, as a function of the table's scale."""
+    V, D = table.shape
+    starts = np.linspace(0, max(len(ids) - 2, 0), min(SAMPLE, max(len(ids) - 1, 1))).astype(np.int64)
+    following = torch.from_numpy(ids[np.minimum(starts + 1, len(ids) - 1)])
+    # LayerNorm only rescales a centred row, so both products with the table are made once for all scales.
+    rows = table[torch.from_numpy(ids[starts])]
+    centred = rows - rows.mean(dim=1, keepdim=True)
+    variance = centred.square().mean(dim=1, keepdim=True)
+    noise = torch.randn(len(starts), D, generator=torch.Generator().manual_seed(seed))
+    parts = [centred @ table.T, variance, F.layer_norm(noise, (D,)) @ table.T, following]
+
+    def excess(scale: float) -> float:
+        total = 0.0
+        for own, var, random, target in zip(*(part.split(CHUNK) for part in parts), strict=True):
+            logits = scale * (own * scale / (scale**2 * var + LAYER_NORM_EPS).sqrt() + random)
+            total += F.cross_entropy(logits, target, reduction="sum").item()
+        return total / len(starts) - math.log(V)
+
+    return excess

@@ -1,0 +1,25 @@
+"""Shared by all tests: fixed seeds, and fresh memory that is never zero by luck."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    """Seeds torch; deterministic mode fills torch.empty with NaN, so reading unwritten memory shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _offline():
+    """No test may reach for a hub."""
+    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"

@@ -1,0 +1,152 @@
+"""A whole `metrics.json`, with the numbers of the published run (DESIGN §2) where it gave any."""
+
+import math
+from typing import Any
+
+TRAIN_TOKENS, VAL_TOKENS, TEST_TOKENS, VOCABULARY, D, C = 122_794, 22_800, 24_310, 50_257, 768, 256
+TRAIN_PPL = [3085.4, 413.9, 276.8, 199.0, 148.7, 111.5, 81.9, 59.8]
+VAL_PPL = [572.0, 436.8, 380.3, 374.2, 361.0, 387.9, 424.1, 484.4]
+VAL_ACCURACY = [0.116, 0.137, 0.151, 0.157, 0.162, 0.155, 0.161, 0.160]
+
+
+def sample_metrics(
+    epochs: int = 8, iterations: int = 18, heads: int = 8, max_contexts: int = 32, interval: int = 20
+) -> dict[str, Any]:
+    """The metrics of a run with at most 8 `epochs` and any number of Phase 1 `iterations`, 0 included."""
+    rows = _epochs(epochs)
+    best = min(rows, key=lambda row: row["val_ppl"])
+    return {
+        "config": _config(interval, heads, max_contexts),
+        "versions": {"python": "3.11.7", "torch": "2.13.0", "lightning": "2.6.6", "ctxkv_lightning": "0.1.0"},
+        "machine": {"device": "cpu", "precision": "32-true", "threads": 2, "processor": "x86_64"},
+        "data": {
+            "train_tokens": TRAIN_TOKENS,
+            "val_tokens": VAL_TOKENS,
+            "test_tokens": TEST_TOKENS,
+            "train_documents": 100,
+            "val_documents": 20,
+            "test_documents": 21,
+            "vocab_size": VOCABULARY,
+            "sha256": "5f2b" * 16,
+        },
+        "parameters": {
+            "total": 45_163_264,
+            "trainable": 6_301_440,
+            "embedding": 38_597_376,
+            "embedding_norm": 1_536,
+            "encoder": 262_912,
+            "attention": 1_577_472,
+            "ffn": 4_723_968,
+        },
+        "window": {
+            "interval": interval,
+            "max_contexts": max_contexts,
+            "span_tokens": (max_contexts - 1) * interval + 1,
+            "theoretical_max": TRAIN_TOKENS // interval + 1,
+        },
+        "pretrain": _pretrain(iterations),
+        "contexts": _contexts(),
+        "train": {"epochs": rows, "best_epoch": best["epoch"], "stopped_early": epochs == 8},
+        "result": {
+            "val_ppl": best["val_ppl"],
+            "val_accuracy": best["val_accuracy"],
+            "test_ppl": 372.6,
+            "test_accuracy": 0.159,
+            "train_val_gap": best["val_ppl"] - best["train_ppl"],
+        },
+        "footing": {
+            "unigram_ppl": 982.0,
+            "kneser_ney_ppl": 407.0,
+            "kneser_ney_cache_ppl": 128.0,
+            "test_unigram_ppl": 1004.1,
+            "test_kneser_ney_ppl": 415.3,
+            "test_kneser_ney_cache_ppl": 133.9,
+        },
+        "memory": [
+            {"stage": "text", "cpu_gb": 0.61, "gpu_gb": None},
+            {"stage": "pretrain", "cpu_gb": 1.32, "gpu_gb": None},
+            {"stage": "contexts", "cpu_gb": 1.38, "gpu_gb": None},
+            {"stage": "train", "cpu_gb": 2.71, "gpu_gb": None},
+        ],
+        "seconds": {"text": 1.1, "pretrain": 7.0, "contexts": 0.6, "train": 89.2, "total": 97.9},
+        "attention": {"slot_weights": [_slot_weights(head, max_contexts) for head in range(heads)]},
+    }
+
+
+def _config(interval: int, heads: int, max_contexts: int) -> dict[str, Any]:
+    return {
+        "interval": interval,
+        "heads": heads,
+        "max_contexts": max_contexts,
+        "context_dim": C,
+        "samples": 100,
+        "seed": 42,
+        "embeddings": "table",
+        "data": {"source": "pydocs", "files": [], "errors": "strict"},
+        "tokenizer": {"source": "tiktoken", "vocab_size": 8192, "name": "gpt2"},
+        "embedding": {"source": "svd", "dim": D, "window": 4},
+        "pretrain": {"max_iterations": 60, "lr": 0.002, "target_rate": 0.9, "plateau_rate": 0.5},
+        "contexts": {"tolerance": 1e-05},
+        "model": {"name": "context_kv", "dropout": 0.1, "ffn_dim": 3072},
+        "train": {"lr": 0.001, "weight_decay": 0.01, "batch_tokens": 8880, "max_epochs": 40, "patience": 3},
+        "trainer": {"accelerator": "auto", "precision": "auto", "enable_progress_bar": None},
+    }
+
+
+def _epochs(count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "epoch": 1 + i,
+            "train_ppl": TRAIN_PPL[i],
+            "val_ppl": VAL_PPL[i],
+            "val_accuracy": VAL_ACCURACY[i],
+            "seconds": 11.0 + 0.1 * i,
+            "tokens_per_second": 11_012.4 - 40.0 * i,
+        }
+        for i in range(count)
+    ]
+
+
+def _pretrain(iterations: int) -> dict[str, Any]:
+    history = [
+        {
+            "iteration": i,
+            "loss": -0.008 - 0.21 * (1 - math.exp(-i / 6)),
+            "convergence_rate": 0.92 * math.sin(math.pi / 2 * (i - 1) / max(1, iterations - 1)),
+            "seconds": 0.39,
+        }
+        for i in range(1, iterations + 1)
+    ]
+    return {
+        "iterations": iterations,
+        "convergence_rate": history[-1]["convergence_rate"] if history else 0.92,
+        "effective_rank": 0.822,
+        "seconds": 7.0,
+        "reused": not history,
+        "stopped_by": "target",
+        "history": history,
+        # This decay has an effective rank of 82.2 %.
+        "singular_values": [900 * math.exp(-2.308 * i / C) for i in range(C)],
+    }
+
+
+def _contexts() -> dict[str, Any]:
+    tokens = TRAIN_TOKENS + VAL_TOKENS + TEST_TOKENS
+    return {
+        "seconds": 0.6,
+        "seam_error": 3.1e-06,
+        "reused": False,
+        "bytes": {
+            "train_context": TRAIN_TOKENS * C * 4,
+            "val_context": VAL_TOKENS * C * 4,
+            "test_context": TEST_TOKENS * C * 4,
+            "table": VOCABULARY * D * 4,
+            "as_tokens": tokens * D * 4,
+            "as_table": VOCABULARY * D * 4,
+        },
+    }
+
+
+def _slot_weights(head: int, slots: int) -> list[float]:
+    raw = [math.exp(-slot / (2 + 3 * head)) + 0.12 + 0.01 * math.sin(slot + head) for slot in range(slots)]
+    return [weight / sum(raw) for weight in raw]

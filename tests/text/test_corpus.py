@@ -1,0 +1,340 @@
+"""Documents in; training, validation and test documents out."""
+
+import hashlib
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.text import corpus
+from ctxkv_lightning.text.corpus import Corpus, Document, read_files, read_pydocs, split
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+LOREM = "It was a bright cold day in April, and the clocks were striking thirteen.\n"
+
+
+def size(documents):
+    return sum(len(document.text.encode()) for document in documents)
+
+
+def book(count, bytes_each=100):
+    """`count` different documents of `bytes_each` bytes."""
+    return [Document(f"d{i}", f"{i:06d} ".ljust(bytes_each - 1, "x") + "\n") for i in range(count)]
+
+
+def streams(parts: Corpus):
+    return parts.train, parts.validation, parts.test
+
+
+@pytest.fixture(scope="module")
+def pydocs():
+    return read_pydocs()
+
+
+def test_pydocs_are_about_600_documents_of_english(pydocs):
+    assert 400 <= len(pydocs) <= 800
+    assert 1_500_000 <= size(pydocs) <= 3_000_000
+    assert sum(document.name.startswith("topic ") for document in pydocs) > 60
+    words = " ".join(document.text for document in pydocs).split()
+    assert words.count("the") / len(words) > 0.03
+
+
+def test_pydocs_hold_each_text_once_and_leave_tests_and_vendored_code_out(pydocs):
+    names = [document.name for document in pydocs]
+    assert len(set(names)) == len({document.text for document in pydocs}) == len(pydocs)
+    forbidden = {"test", "tests", "idle_test", "_bundled", "_vendor", "pip", "pytest", "numpy"}
+    assert not [name for name in names if forbidden & set(name.split("."))]
+    assert all(document.text == document.text.strip() for document in pydocs)
+    assert {"json.decoder", "argparse", "topic assert"} <= set(names)
+
+
+def test_pydocs_are_always_the_same_and_import_nothing(pydocs):
+    loaded = set(sys.modules)
+    assert read_pydocs() == pydocs
+    assert not (set(sys.modules) - loaded) & {document.name for document in pydocs}
+    assert "antigravity" not in sys.modules
+
+
+def test_docstrings_stand_under_headings_in_source_order_once(tmp_path):
+    source = tmp_path / "m.py"
+    source.write_text(
+        '"""About m."""\n'
+        "def first(a, *, b=1):\n    '''One.\n\n        Indented.\n    '''\n"
+        "if True:\n    class Box(dict):\n        '''A box.'''\n"
+        "        async def open(self):\n            '''Opens.'''\n"
+        "def silent(): pass\n"
+        "def again():\n    '''A box.'''\n"
+    )
+    text = corpus._docstrings(source, "m", seen := set())
+    assert text.split("\n\n") == [
+        *("m", "About m.", "first(a, *, b=1)", "One.", "Indented."),
+        *("class Box(dict)", "A box.", "Box.open(self)", "Opens."),
+    ]
+    assert corpus._docstrings(source, "copy", seen) == ""
+
+
+def test_broken_source_has_no_documentation(tmp_path):
+    (tmp_path / "bad.py").write_text("def f(:\n")
+    (tmp_path / "bytes.py").write_bytes(b"'''\xff'''")
+    assert corpus._docstrings(tmp_path / "bad.py", "bad", set()) == ""
+    assert corpus._docstrings(tmp_path / "bytes.py", "bytes", set()) == ""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory, an empty home, and no network."""
+    home = tmp_path / "home"
+    home.mkdir()
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(work)
+
+    def refuse(*_):
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    return work
+
+
+def write(path: Path, content: str | bytes):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def test_files_become_documents_in_a_fixed_order(here, capfd):
+    write(here / "b.txt", "\ufeffB\r\n\r\n\r\nb\rend")
+    write(here / "a.md", "A\n")
+    write(here / "deep/er/c.TXT", "naïve ☃\u2028x")
+    write(here / "odd [1] ☃.txt", "odd")
+    write(here / "blank.txt", " \n\n")
+    write(
+        here / "d.jsonl",
+        '{"text": "one"}\n\n{"messages": [{"role": "user", "content": "hi", "n": 1}], "id": 3}\n{"text": ""}',
+    )
+    documents = read_files(["*.txt", "**/*.TXT", "a.*", "*.md", "d.jsonl", "odd [1] ☃.txt", str(here / "b.txt")])
+    assert documents == [
+        Document("b.txt", "B\n\n\nb\nend"),
+        Document("odd [1] ☃.txt", "odd"),
+        Document("deep/er/c.TXT".replace("/", os.sep), "naïve ☃\u2028x"),
+        Document("a.md", "A\n"),
+        Document("d.jsonl:1", "one"),
+        Document("d.jsonl:3", "hi"),
+    ]
+    assert capfd.readouterr() == ("", "")
+    assert not list((here.parent / "home").rglob("*"))
+
+
+def test_home_is_expanded(here):
+    write(here.parent / "home/notes/n.txt", "mine")
+    assert [document.text for document in read_files(["~/notes/*.txt"])] == ["mine"]
+
+
+def test_many_files_stay_whole_and_in_order(here, capfd):
+    for i in range(40):
+        write(here / f"{i:02d}.txt", f"{i}\n\npart two\n")
+    assert [document.text for document in read_files(["*.txt"])] == [f"{i}\n\npart two\n" for i in range(40)]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_messages_are_joined_by_one_newline(here):
+    write(here / "a.jsonl", json.dumps({"messages": [{"role": r, "content": c} for r, c in ("ua", "ab")]}) + "\n")
+    assert read_files(["a.jsonl"])[0].text == "a\nb"
+
+
+def test_records_may_differ_in_shape(here):
+    records = [{"text": "x", "k": 1}, {"text": "y", "k": [1, {"z": None}]}, {"k": "s", "text": "z"}]
+    records.append({"id": "1", "source": "s", "model": "m", "system_prompt": "p", "messages": [{"content": "w"}]})
+    write(here / "a.jsonl", "\n".join(map(json.dumps, records)))
+    assert [document.text for document in read_files(["a.jsonl"])] == ["x", "y", "z", "w"]
+
+
+@pytest.mark.parametrize(("errors", "text"), [("replace", "ab\ufffdc"), ("ignore", "abc")])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_errors_says_what_becomes_of_invalid_bytes(here, errors, text, name):
+    write(here / name, b"ab\xffc" if name == "a.txt" else b'{"text": "ab\xffc"}\n')
+    assert read_files([name], errors)[0].text == text
+
+
+def test_half_a_surrogate_pair_is_an_invalid_byte_too(here):
+    write(here / "a.jsonl", '{"text": "ok"}\n{"text": "a\\ud800b \\ud83d\\ude00"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2 .*surrogate.*data\.errors=replace"):
+        read_files(["a.jsonl"])
+    assert read_files(["a.jsonl"], "replace")[1].text == "a\ufffdb 😀"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", r"a\.txt is empty"),
+        ("a.pdf", b"x", r"a\.pdf is not a \.txt, \.md or \.jsonl file"),
+        ("a.txt", b"good \xff", r"a\.txt is not valid UTF-8 at byte 5: .*data\.errors=replace"),
+        ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl is not valid UTF-8 at byte 10"),
+        ("a.txt", b" \n\t\n", r"holds no text"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a\.jsonl, line 3 is not JSON \(Expecting value\)"),
+        ("a.jsonl", b"[" * 100_000, r"a\.jsonl, line 1 is not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"a\.jsonl, line 2 has neither a `text` nor `messages`"),
+        ("a.jsonl", b'{"text": 3}', r"line 1 has neither"),
+        ("a.jsonl", b'["x"]', r"line 1 has neither"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}', r"line 1 has a message whose `content` is not text"),
+        ("a.jsonl", b'{"messages": ["hello"]}', r"line 1 has a message whose `content` is not text"),
+    ],
+)
+def test_what_cannot_be_read_is_one_sentence(here, name, content, message):
+    write(here / name, content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_files([name])
+    assert str(caught.value).endswith(".")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_are_named(here):
+    write(here / "folder/a.txt", "x")
+    for pattern, message in [
+        ("no.txt", "no file matches no.txt"),
+        ("no/**/*.md", "no file matches no/"),
+        ("folder", "is a folder"),
+    ]:
+        with pytest.raises(UserError, match=message.replace("*", r"\*")):
+            read_files(["folder/a.txt", pattern])
+    with pytest.raises(UserError, match="holds no text"):
+        read_files([])
+
+
+def test_what_datasets_raises_becomes_a_sentence(here, monkeypatch):
+    import datasets
+
+    write(here / "a.txt", "x")
+    was_quiet = datasets.are_progress_bars_disabled()
+
+    def fail(*_, **__):
+        raise KeyError("first line\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match=r"datasets cannot read a\.txt") as caught:
+        read_files(["a.txt"])
+    assert "\n" not in str(caught.value)
+    assert datasets.are_progress_bars_disabled() == was_quiet
+
+
+@pytest.mark.skipif(not (SHARED / "ultrachat_sample.jsonl").exists(), reason="shared/data is not here")
+def test_ultrachat_conversations():
+    path = SHARED / "ultrachat_sample.jsonl"
+    documents = read_files([str(path)])
+    assert len(documents) == 1000
+    record = json.loads(path.read_text(encoding="utf-8").splitlines()[122])
+    assert documents[122].text == "\n".join(message["content"] for message in record["messages"])
+    parts = split(documents, 100_000)
+    assert 90_000 <= size(parts.validation) <= 110_000
+    assert 90_000 <= size(parts.test) <= 110_000
+    assert sum(map(len, streams(parts))) == 1000
+
+
+def test_heldout_streams_have_the_size_asked_for(pydocs):
+    parts = split(pydocs, 100_000)
+    assert 90_000 <= size(parts.validation) <= 110_000
+    assert 90_000 <= size(parts.test) <= 110_000
+    assert sorted(sum(streams(parts), ())) == pydocs
+
+
+def test_heldout_streams_are_a_tenth_at_most():
+    parts = split(book(200), 10**9)
+    # Filled in order up to the tolerance, then left alone: no hunting for small documents that still fit.
+    assert size(parts.validation) == size(parts.test) == 1_800
+
+
+def test_split_ignores_order_names_and_samples():
+    documents = book(300)
+    parts = split(documents, 1_000)
+    assert split(reversed(documents), 1_000) == parts
+    moved = split([Document("/elsewhere/" + name, text) for name, text in documents], 1_000)
+    assert [[document.text for document in stream] for stream in streams(moved)] == [
+        [document.text for document in stream] for stream in streams(parts)
+    ]
+    assert parts.first(7) == parts.first(None)[:7] == parts.train[:7]
+    assert parts.first(None) == parts.train
+    assert [document.name for document in parts.train] != sorted(document.name for document in parts.train)
+
+
+def test_documents_come_in_the_order_of_their_sha256():
+    parts = split(book(30), 10**9)
+    order = sorted(book(30), key=lambda document: hashlib.sha256(document.text.encode()).hexdigest())
+    assert list(parts.validation + parts.test + parts.train) == order
+
+
+def test_a_text_that_occurs_twice_cannot_be_both_trained_on_and_held_out():
+    documents = book(40) + [Document("copy of " + name, text) for name, text in book(40)]
+    parts = split(documents, 400)
+    texts = [document.text for document in sum(streams(parts), ())]
+    assert sorted(texts) == sorted(document.text for document in book(40))
+
+
+def test_more_samples_than_documents_names_both_counts():
+    parts = split(book(100), 500)
+    available = len(parts.train)
+    assert len(parts.first(available)) == available
+    with pytest.raises(
+        UserError, match=rf"samples={available + 1}, but .* {available} training .*samples={available} "
+    ):
+        parts.first(available + 1)
+
+
+def test_documents_larger_than_the_target_still_give_every_stream_one():
+    documents = [*book(30, 5_000), Document("small", "s" * 900), Document("smaller", "t" * 800)]
+    parts = split(documents, 100)
+    assert [document.name for document in parts.validation + parts.test] == ["smaller", "small"]
+
+
+def test_one_book_is_cut_at_line_ends():
+    text = "".join(f"{i} {LOREM}" for i in range(1_000))
+    parts = split([Document("book", text)], 100_000)
+    pieces = sorted(sum(streams(parts), ()), key=lambda document: int(document.name.split("#")[1]))
+    assert [document.name for document in pieces] == [f"book#{i}" for i in range(1, 21)]
+    assert "".join(document.text for document in pieces) == text
+    assert all(document.text.endswith("\n") for document in pieces)
+    assert max(map(len, (document.text for document in pieces))) < 1.1 * len(text) / 20
+    assert [len(stream) for stream in (parts.validation, parts.test)] == [2, 2]
+
+
+def test_a_line_without_end_is_cut_between_words_or_anywhere():
+    words = split([Document("words", "word " * 2_000)], 10**9)
+    assert all(document.text.endswith("word ") for document in sum(streams(words), ()))
+    letters = split([Document("letters", "é" * 5_000)], 10**9)
+    assert sorted(len(document.text) for document in sum(streams(letters), ())) == [250] * 20
+
+
+def test_few_documents_are_cut_in_proportion():
+    documents = [Document("long", LOREM * 300), Document("short", "Only a line.\n")]
+    names = [document.name for document in sum(streams(split(documents, 10**9)), ())]
+    assert "short" in names
+    assert 15 <= sum(name.startswith("long#") for name in names) <= 25
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["a"], ["ab"], ["a", "a", "a"]])
+def test_too_little_text_for_three_streams(texts):
+    with pytest.raises(UserError, match="too little for training, validation and test"):
+        split([Document(str(i), text) for i, text in enumerate(texts)], 100)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.text(max_size=60), max_size=30, unique=True), st.integers(2, 500))
+def test_nothing_is_lost_and_no_stream_is_empty(texts, heldout_bytes):
+    documents = [Document(f"d{i}", text) for i, text in enumerate(texts)]
+    try:
+        parts = split(documents, heldout_bytes)
+    except UserError:
+        assert len("".join(texts)) < 20
+        return
+    assert all(streams(parts))
+    whole: dict[str, str] = {}
+    for name, text in sorted(sum(streams(parts), ()), key=lambda document: int((document.name + "#0").split("#")[1])):
+        assert text
+        whole[name.split("#")[0]] = whole.get(name.split("#")[0], "") + text
+    assert whole == {name: text for name, text in documents if text}

@@ -5,9 +5,12 @@ YAML under `conf/` states choices, never defaults that already stand here; what 
 """
 
 import dataclasses
+import difflib
 import math
 from dataclasses import dataclass, field
 from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 from ctxkv_lightning.errors import UserError
 
@@ -196,3 +199,42 @@ def _broken_limits(value: Any, metadata: Any) -> list[str]:
     }
     limits = metadata.get("limits", {})
     return [f"{word} {limit:g}" for word, limit in limits.items() if not holds[word](limit)]
+
+
+def keys(config: Any = None, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema."""
+    found = []
+    for spec in dataclasses.fields(Config() if config is None else config):
+        value = getattr(Config() if config is None else config, spec.name)
+        found += keys(value, f"{prefix}{spec.name}.") if dataclasses.is_dataclass(value) else [prefix + spec.name]
+    return found
+
+
+def check_key(key: str) -> None:
+    """Raises UserError, naming the nearest keys, if the schema has no such key."""
+    known = keys()
+    if key in known:
+        return
+    namesakes = [other for other in known if other.split(".")[-1] == key.split(".")[-1]]
+    near = namesakes or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    leaves = difflib.get_close_matches(key.split(".")[-1], [other.split(".")[-1] for other in known], n=1)
+    near = near or [other for other in known if other.split(".")[-1] in leaves]
+    hint = f"did you mean {' or '.join(near)}?" if near else "see the keys with 'python train.py --cfg job'."
+    raise UserError(f"there is no key '{key}': {hint}")
+
+
+def check_choice(group: str, value: Any, choices: list[str]) -> None:
+    """Raises UserError, naming the nearest choice, if a configuration group has no such choice."""
+    if value in choices or (group == "experiment" and value is None):
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"{group}={value} does not exist: {hint}The choices are {', '.join(choices)}.")
+
+
+def from_composed(composed: DictConfig) -> Config:
+    """A checked `Config` from a composed one; UserError lists everything that is wrong with its values."""
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    config.check()
+    return config

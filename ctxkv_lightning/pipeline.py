@@ -70,7 +70,7 @@ def run_experiment(config: Config, folder: Path) -> float:
             with stages("report"):
                 report = write_report(run)
             log.info(f"report {report}")
-        Console().print(summary_table(metrics))
+        Console().print(summary_table(metrics, report))
     return metrics["result"]["val_ppl"]
 
 
@@ -83,8 +83,8 @@ def run_stages(config: Config, run: RunFolder, text: Text, stages: Stages) -> di
         encoder = pretrain(config, run, data)
     with stages("contexts"):
         data.use_encoder(str(encoder.path))
-        data.prepare_data()
         contexts = data.context_store()
+        data.prepare_data()
         log.info(f"contexts exact to {contexts.facts['seam_error']:.1e} at every seam {_reused(contexts)}")
     with stages("train"):
         trained = train(config, run, data, text.vocab_size)
@@ -183,7 +183,10 @@ def pretrain(config: Config, run: RunFolder, data: ContextDataModule) -> Store:
         module = OACDPretrainModule(
             config.context_dim,
             data.table.shape[1],
-            *(options[name] for name in ("lr", "noise", "centroid_weight", "move_threshold", "target_rate", "plateau_rate")),
+            *(
+                options[name]
+                for name in ("lr", "noise", "centroid_weight", "move_threshold", "target_rate", "plateau_rate")
+            ),
         )
         target = EarlyStopping(
             CONVERGENCE,
@@ -253,7 +256,9 @@ def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: i
     return Trained(module, history, patience.stopped_epoch > 0, scores)
 
 
-def build_trainer(config: Config, run: RunFolder, phase: str, *, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
+def build_trainer(
+    config: Config, run: RunFolder, phase: str, *, callbacks: list[L.Callback], **options: Any
+) -> L.Trainer:
     """A Trainer that logs `phase` into the run folder, with a progress bar where somebody can see it."""
     hardware = asdict(config.trainer)
     visible = hardware.pop("enable_progress_bar")

@@ -71,3 +71,23 @@ def convergence_from_formula(current: Tensor, previous: Tensor, threshold: float
     """Share of rows whose mean squared difference is below the threshold, row by row."""
     moved = [float(((a - b) ** 2).mean()) < threshold for a, b in zip(current, previous, strict=True)]
     return sum(moved) / len(moved)
+
+
+def step_by_step_nll(model, tokens: Tensor) -> Tensor:
+    """Losses (N-1,) of a stream, one token at a time: each context from the one before, attention over a plain list."""
+    context = torch.zeros(model.encoder.context_dim)
+    contexts, losses = [], []
+    attention, ffn = model.attention, model.ffn
+    for now, following in zip(tokens[:-1], tokens[1:], strict=True):
+        embedding = F.layer_norm(model.embedding.weight[now], (len(model.embedding.weight[now]),))
+        context = model.encoder(context, embedding)
+        contexts.append(context)
+        seen = torch.stack(contexts[::-1][:: attention.interval][: attention.max_contexts])
+        query = attention.query(embedding).view(attention.heads, -1)
+        key, value = (layer(seen).view(len(seen), attention.heads, -1) for layer in (attention.key, attention.value))
+        weights = (torch.einsum("hd,mhd->hm", query, key) / math.sqrt(query.shape[1])).softmax(dim=-1)
+        mixed = torch.einsum("hm,mhd->hd", weights, value).flatten()
+        hidden = attention.norm(embedding + attention.output(mixed))
+        hidden = hidden + ffn.norm(ffn.down(F.gelu(ffn.up(hidden))))
+        losses.append(F.cross_entropy(model.embedding.weight @ hidden, following))
+    return torch.stack(losses)

@@ -73,7 +73,7 @@ class OACDPretrainModule(L.LightningModule):
         loss = oacd_loss(contexts, self.hparams["centroid_weight"])
         if not torch.isfinite(loss):
             raise UserError(
-                f"the loss of Phase 1 became {float(loss)} in iteration {self.current_epoch + 1}: "
+                f"the loss of Phase 1 became {loss.item()} in iteration {self.current_epoch + 1}: "
                 f"lower pretrain.lr (now {self.hparams['lr']:g})"
             )
         self._losses.append(loss.detach())

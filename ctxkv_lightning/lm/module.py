@@ -83,7 +83,7 @@ class ContextKVLMModule(L.LightningModule):
         loss = nll.mean()
         if not torch.isfinite(loss):
             raise UserError(
-                f"the loss became {float(loss)} at step {batch_index + 1} of epoch {self.current_epoch + 1}, before "
+                f"the loss became {loss.item()} at step {batch_index + 1} of epoch {self.current_epoch + 1}, before "
                 f"the update: lower train.lr (now {self.hparams['lr']:g}) or set trainer.precision=32-true"
             )
         self.train_ppl.update(nll.detach())
@@ -103,7 +103,7 @@ class ContextKVLMModule(L.LightningModule):
         perplexity = self.val_ppl.compute()
         if not torch.isfinite(perplexity):
             raise UserError(
-                f"the validation PPL of epoch {self.current_epoch + 1} is {float(perplexity)}: "
+                f"the validation PPL of epoch {self.current_epoch + 1} is {perplexity.item()}: "
                 f"lower train.lr (now {self.hparams['lr']:g}); the checkpoints saved so far are good"
             )
 

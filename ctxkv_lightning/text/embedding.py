@@ -1,7 +1,8 @@
 """The frozen table E: one vector per token, made from the training stream alone or from nothing.
 
-A table is a float32 tensor `(V, D)`, a function of its arguments: same inputs, same bits, and torch's global
-random state stays as it was. Its one free constant, the scale, is set by `calibrate`.
+A table is a float32 tensor `(V, D)`, a function of its arguments: same inputs, same bits (on one machine, with
+one number of threads), and the global random states stay as they were. Its one free constant, the scale, is
+set by `calibrate`.
 Letters: `N` tokens of the stream, `V` vocabulary size, `D` embedding dimension.
 """
 
@@ -48,6 +49,12 @@ SAMPLE = 1024
 """Token pairs whose mean loss `calibrate` measures."""
 
 
+def _normal(rows: int, columns: int, seed: int, purpose: str) -> torch.Tensor:
+    # One stream of numbers per purpose: noise drawn like the table would be the table, and no noise to it.
+    generator = np.random.default_rng([seed, *purpose.encode()])
+    return torch.from_numpy(generator.standard_normal((rows, columns), np.float32))
+
+
 def ppmi(ids: Ids, vocab_size: int, window: int = 4) -> sparse.csr_array:
     """Positive pointwise mutual information of tokens and their neighbours, sparse `(V, V)`.
 
@@ -77,8 +84,7 @@ def truncated_svd(matrix: sparse.csr_array, rank: int, seed: int) -> tuple[torch
     """
     A, A_transposed = _as_torch(matrix), _as_torch(matrix.T)
     V = matrix.shape[0]
-    generator = torch.Generator().manual_seed(seed)
-    Q = torch.randn(V, min(rank + OVERSAMPLING, V), generator=generator)
+    Q = _normal(V, min(rank + OVERSAMPLING, V), seed, "sketch")
     Q = torch.linalg.qr(torch.sparse.mm(A, Q)).Q
     for _ in range(POWER_STEPS):
         Q = torch.linalg.qr(torch.sparse.mm(A, torch.sparse.mm(A_transposed, Q))).Q
@@ -97,29 +103,31 @@ def _as_torch(matrix: sparse.csr_array) -> torch.Tensor:
 
 
 def svd_table(ids: Ids, vocab_size: int, dim: int, window: int = 4, seed: int = 42) -> torch.Tensor:
-    """U √S of the truncated SVD of the training stream's PPMI, calibrated, `(V, D)`.
+    """U √S of the truncated SVD of the training stream's PPMI, rows of one length, calibrated, `(V, D)`.
 
-    The power ½ of S follows Levy, Goldberg & Dagan (2015). Rows of tokens without a neighbour worth noting,
+    The power ½ of S and rows of equal length follow Levy, Goldberg & Dagan (2015): frequent tokens would
+    else have the longest rows, predict themselves most, and keep the scale of all others down. Rows of tokens without a neighbour worth noting,
     and columns beyond the matrix's rank, are small noise: LayerNorm turns a row of zeros into zeros, and all
-    such tokens into one.
+    such tokens into one. `ValueError` where an id is not in [0, V).
     """
     U, S = truncated_svd(ppmi(ids, vocab_size, window), dim, seed)
     S = torch.where(S / S[0].clamp(min=TINY) > RANK_TOLERANCE, S, 0.0)
     missing = (0, dim - len(S))
-    return calibrate(_fill(F.pad(U * S.sqrt(), missing), F.pad(S, missing) == 0, seed), ids, seed)
+    table = _fill(F.pad(U * S.sqrt(), missing), F.pad(S, missing) == 0, seed)
+    return calibrate(F.normalize(table, dim=1), ids, seed)
 
 
 def _fill(table: torch.Tensor, empty_columns: torch.Tensor, seed: int) -> torch.Tensor:
     size = table.square().mean().sqrt()
     empty_rows = table.norm(dim=1, keepdim=True) <= RANK_TOLERANCE * size
-    noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(seed))
-    noise *= FILLER * size if size > 0 else 1.0
+    V, D = table.shape
+    noise = _normal(V, D, seed, "filler") * (FILLER * size if size > 0 else 1.0)
     return torch.where(empty_rows | empty_columns, noise, table)
 
 
 def random_table(vocab_size: int, dim: int, seed: int = 42) -> torch.Tensor:
     """Rows from N(0, 1), calibrated on pairs of uniformly drawn tokens, `(V, D)`."""
-    table = torch.randn(vocab_size, dim, generator=torch.Generator().manual_seed(seed))
+    table = _normal(vocab_size, dim, seed, "table")
     uniform = np.random.default_rng(seed).integers(0, vocab_size, SAMPLE + 1)
     return calibrate(table, uniform, seed)
 
@@ -129,28 +137,33 @@ def calibrate(table: torch.Tensor, ids: Ids, seed: int = 42) -> torch.Tensor:
 
     The untrained model ends in h = LayerNorm(E[x]) + LayerNorm(noise), for its attention adds little to the
     token's own vector x and its feed-forward layer noise; logits are h Eᵀ. The loss, log-sum-exp minus the
-    next token's logit, is averaged over up to `SAMPLE` pairs of neighbours in `ids (N,)`, drawn evenly. As
-    it is convex in the constant and ln V at 0, it crosses once; a table that never crosses
-    (one token, say) keeps a root mean square of 1. Too large a constant makes every token predict itself.
+    next token's logit, is averaged over up to `SAMPLE` pairs of neighbours in `ids (N,)`, N ≥ 1, spaced
+    evenly. It is ln V at 0 and convex (but for LayerNorm's epsilon), so it crosses once; a table that never
+    crosses, such as one of a single token, gets a root mean square of 1. Beyond the constant every token
+    would predict itself.
     """
     table = table / table.square().mean().sqrt().clamp(min=TINY)
     excess = _excess_loss(table, ids, seed)
-    if excess(1.0) <= EXCESS_NATS:
-        return table
-    return table * optimize.brentq(lambda scale: excess(scale) - EXCESS_NATS, 0.0, 1.0, xtol=1e-9, rtol=SCALE_TOLERANCE)
+    low, high = 0.0, 1 / table.shape[1]
+    while excess(high) <= EXCESS_NATS:
+        if high >= 1:
+            return table
+        low, high = high, 2 * high
+    return table * optimize.brentq(lambda scale: excess(scale) - EXCESS_NATS, low, high, rtol=SCALE_TOLERANCE)
 
 
 def _excess_loss(table: torch.Tensor, ids: Ids, seed: int) -> Callable[[float], float]:
     """The untrained model's loss above ln V, as a function of the table's scale."""
     V, D = table.shape
+    ids = np.asarray(ids, np.int64)
     starts = np.linspace(0, max(len(ids) - 2, 0), min(SAMPLE, max(len(ids) - 1, 1))).astype(np.int64)
     following = torch.from_numpy(ids[np.minimum(starts + 1, len(ids) - 1)])
     # LayerNorm only rescales a centred row, so both products with the table are made once for all scales.
     rows = table[torch.from_numpy(ids[starts])]
     centred = rows - rows.mean(dim=1, keepdim=True)
     variance = centred.square().mean(dim=1, keepdim=True)
-    noise = torch.randn(len(starts), D, generator=torch.Generator().manual_seed(seed))
-    parts = [centred @ table.T, variance, F.layer_norm(noise, (D,)) @ table.T, following]
+    noise = F.layer_norm(_normal(len(starts), D, seed, "noise"), (D,))
+    parts = [centred @ table.T, variance, noise @ table.T, following]
 
     def excess(scale: float) -> float:
         total = 0.0

@@ -1,0 +1,175 @@
+import math
+
+import lightning as L
+import pytest
+import torch
+from torchmetrics.text import Perplexity as LogitPerplexity
+
+from ctxkv_lightning.context.pretrain import OACDPretrainModule, load_encoder, save_encoder
+from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.lm.module import MONITOR, ContextKVLMModule, Perplexity
+from ctxkv_lightning.store import get_or_build
+from tests.oracles import full_logit_loss
+from tests.test_datamodule import C, D, V, opened, stores  # noqa: F401
+
+SIZES = {
+    "vocab_size": V,
+    "embedding_dim": D,
+    "context_dim": C,
+    "heads": 2,
+    "interval": 3,
+    "max_contexts": 4,
+    "ffn_dim": 16,
+}
+
+
+def trainer(tmp_path, **options):
+    return L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0, default_root_dir=tmp_path, **options,
+    )  # fmt: skip
+
+
+def test_perplexity_equals_torchmetrics_on_logits():
+    logits, targets = torch.randn(3, 20, 7), torch.randint(0, 7, (3, 20))
+    ours, theirs = Perplexity(), LogitPerplexity()
+    for row, target in zip(logits, targets, strict=True):
+        ours.update(torch.nn.functional.cross_entropy(row, target, reduction="none"))
+    theirs.update(logits, targets)
+    assert float(ours.compute()) == pytest.approx(float(theirs.compute()), rel=1e-5)
+
+
+def test_perplexity_keeps_digits_that_fp32_would_lose():
+    metric = Perplexity()
+    for _ in range(3):
+        metric.update(torch.full((1,), 3e7))
+        metric.update(torch.full((1,), 1.0))
+    assert float(metric.nll) == 9e7 + 3
+
+
+def test_training_learns_freezes_and_logs(stores, tmp_path):  # noqa: F811
+    data = opened(stores, tmp_path, interval=3, max_contexts=4, batch_tokens=20)
+    module = ContextKVLMModule(**SIZES, lr=0.01)
+    run = trainer(tmp_path, max_epochs=6)
+    run.fit(module, datamodule=data)
+    logged = run.callback_metrics
+    assert float(logged["train/ppl"]) < V
+    assert {MONITOR, "val/accuracy", "train/ppl"} <= set(logged)
+    assert torch.equal(module.model.embedding.weight, data.table)
+    assert torch.equal(module.model.encoder.linear.weight, data.encoder().linear.weight)
+
+
+def test_validation_is_the_stream_scored_once_with_full_logits(stores, tmp_path):  # noqa: F811
+    data = opened(stores, tmp_path, interval=3, max_contexts=4, batch_tokens=5)
+    module = ContextKVLMModule(**SIZES)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(module, datamodule=data)
+    stream = data.streams["validation"]
+    with torch.no_grad():
+        hidden = module.model.eval()(stream.embeddings[stream.rows][None], stream.contexts[None])[0, :-1]
+        expected = full_logit_loss(hidden, module.model.embedding.weight, stream.tokens[1:])
+        right = (module.model.logits(hidden).argmax(-1) == stream.tokens[1:]).float().mean()
+    assert float(run.callback_metrics[MONITOR]) == pytest.approx(math.exp(expected.double().mean()), rel=1e-5)
+    assert float(run.callback_metrics["val/accuracy"]) == pytest.approx(float(right))
+
+
+def test_a_loss_that_becomes_nan_stops_before_the_update(stores, tmp_path):  # noqa: F811
+    data = opened(stores, tmp_path, interval=3, max_contexts=4, batch_tokens=20)
+    module = ContextKVLMModule(**SIZES)
+
+    class Poison(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if trainer.global_step == 2:
+                self.before = [p.clone() for p in module.model.ffn.up.parameters()]
+                batch.embeddings[0, 0, 0] = float("nan")
+
+    poison = Poison()
+    with pytest.raises(UserError, match=r"became nan at step 3 of epoch 1.*train\.lr"):
+        trainer(tmp_path, max_epochs=2, callbacks=[poison]).fit(module, datamodule=data)
+    assert all(torch.equal(a, b) for a, b in zip(poison.before, module.model.ffn.up.parameters(), strict=True))
+
+
+def test_a_nan_in_validation_stops_too(stores, tmp_path):  # noqa: F811
+    data = opened(stores, tmp_path, interval=3, max_contexts=4)
+    data.streams["validation"].contexts[3] = float("nan")
+    with pytest.raises(UserError, match="validation PPL of epoch 1 is nan"):
+        trainer(tmp_path, max_epochs=2).fit(ContextKVLMModule(**SIZES), datamodule=data)
+
+
+def test_checkpoints_load_without_pickle(stores, tmp_path):  # noqa: F811
+    data = opened(stores, tmp_path, interval=3, max_contexts=4)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(ContextKVLMModule(**SIZES), datamodule=data)
+    run.save_checkpoint(tmp_path / "m.ckpt")
+    torch.load(tmp_path / "m.ckpt", weights_only=True)
+    again = ContextKVLMModule.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
+    assert again.hparams["interval"] == 3
+
+
+def test_phase_one_takes_one_averaged_step_per_epoch(stores, tmp_path):  # noqa: F811
+    stores.pop("encoder")
+    data = opened(stores, tmp_path, pretrain_batch_tokens=25)
+    module = OACDPretrainModule(C, D, noise=0.0)
+    gradients = []
+
+    class Watch(L.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            gradients.append([p.grad.clone() for p in module.encoder.parameters()])
+
+    torch.manual_seed(5)
+    run = trainer(tmp_path, max_epochs=1, accumulate_grad_batches=3, limit_val_batches=0, callbacks=[Watch()])
+    start = [p.clone() for p in module.encoder.parameters()]
+    run.fit(module, datamodule=data)
+    assert run.global_step == len(gradients) == 1
+    # The same, written out: the random start shifted right by one, three batches, the mean of their gradients.
+    torch.manual_seed(5)
+    previous = torch.randn(62, C) * 0.01
+    previous[0] = 0
+    twin = OACDPretrainModule(C, D).encoder
+    for parameter, value in zip(twin.parameters(), start, strict=True):
+        parameter.data.copy_(value)
+    from ctxkv_lightning.context.oacd import oacd_loss
+
+    embeddings = torch.nn.functional.layer_norm(data.table, (D,))[
+        torch.from_numpy(data.token_store.array("train")).long()
+    ]
+    for rows in (slice(0, 25), slice(25, 50), slice(50, 61)):
+        (oacd_loss(twin(previous[:-1][rows], embeddings[rows])) / 3).backward()
+    for ours, parameter in zip(gradients[0], twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_phase_one_stops_at_the_target_and_reports(stores, tmp_path):  # noqa: F811
+    stores.pop("encoder")
+    data = opened(stores, tmp_path)
+    module = OACDPretrainModule(C, D, target_rate=0.9, move_threshold=1e9)
+    stop = L.pytorch.callbacks.EarlyStopping(
+        "pretrain/convergence_rate", mode="max", patience=50, stopping_threshold=0.9, check_on_train_epoch_end=True
+    )
+    trainer(tmp_path, max_epochs=50, limit_val_batches=0, callbacks=[stop]).fit(module, datamodule=data)
+    summary = module.summary()
+    assert summary["iterations"] == 1
+    assert summary["stopped_by"] == "target"
+    assert summary["convergence_rate"] == 1
+    assert 0 < summary["effective_rank"] <= 1
+    assert len(summary["singular_values"]) == C
+
+
+def test_phase_one_stops_on_a_plateau(stores, tmp_path, monkeypatch):  # noqa: F811
+    stores.pop("encoder")
+    data = opened(stores, tmp_path)
+    rates = iter([0.3, 0.6, 0.8, 0.805, 0.81, 0.9])
+    monkeypatch.setattr("ctxkv_lightning.context.pretrain.convergence_rate", lambda *_: next(rates))
+    module = OACDPretrainModule(C, D)
+    trainer(tmp_path, max_epochs=50, limit_val_batches=0).fit(module, datamodule=data)
+    assert module.summary()["iterations"] == 5
+    assert module.stopped_by == "plateau"
+
+
+def test_the_encoder_comes_back_from_its_store_bit_for_bit(tmp_path):
+    module = OACDPretrainModule(C, D)
+    built = get_or_build(tmp_path, "encoder", {}, lambda folder: save_encoder(module.encoder, folder))
+    again = load_encoder(built)
+    assert not any(p.requires_grad for p in again.parameters())
+    for ours, theirs in zip(module.encoder.parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours, theirs)

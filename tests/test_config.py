@@ -1,0 +1,159 @@
+from pathlib import Path
+
+import pytest
+
+from ctxkv_lightning.config import Config, check_key, keys
+from ctxkv_lightning.errors import UserError
+from train import CONF, check_command_line
+
+KEYS = """
+interval heads max_contexts context_dim samples seed embeddings cache_dir
+data.source data.files data.errors data.heldout_bytes
+tokenizer.source tokenizer.vocab_size tokenizer.name
+embedding.source embedding.dim embedding.window
+pretrain.max_iterations pretrain.lr pretrain.clip_norm pretrain.batch_tokens pretrain.noise pretrain.centroid_weight
+pretrain.move_threshold pretrain.target_rate pretrain.plateau_rate
+contexts.tolerance
+model.name model.dropout model.ffn_dim
+train.lr train.weight_decay train.batch_tokens train.max_epochs train.patience
+trainer.accelerator trainer.devices trainer.num_nodes trainer.strategy trainer.precision trainer.enable_progress_bar
+""".split()
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """No test may leave anything behind; `leaves_nothing` checks it."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_options_are_these_and_no_others():
+    assert keys() == KEYS
+
+
+def test_the_defaults_are_the_published_settings():
+    (config,) = check_command_line([])
+    assert config == Config()
+    assert (config.interval, config.heads, config.max_contexts, config.context_dim) == (20, 8, 32, 256)
+    assert (config.samples, config.seed, config.embedding.dim, config.model.ffn_dim) == (100, 42, 768, 3072)
+    assert (config.train.lr, config.train.batch_tokens, config.train.max_epochs, config.train.patience) == (
+        1e-3,
+        8880,
+        40,
+        3,
+    )
+    assert (config.pretrain.lr, config.pretrain.clip_norm, config.pretrain.batch_tokens) == (2e-3, 2.0, 5000)
+    assert (config.pretrain.max_iterations, config.pretrain.noise, config.pretrain.target_rate) == (60, 0.1, 0.9)
+
+
+def test_options_read_the_way_they_are_typed():
+    (config,) = check_command_line(
+        ["interval=50", "max_contexts=64", "train.lr=3e-4", "tokenizer=gpt2", "samples=null"]
+    )
+    assert (config.interval, config.max_contexts, config.train.lr) == (50, 64, 3e-4)
+    assert (config.tokenizer.source, config.tokenizer.name, config.samples) == ("tiktoken", "gpt2", None)
+
+
+def test_text_takes_all_documents_unless_told_otherwise():
+    (config,) = check_command_line(["data=text", "data.files=[a.txt,b/*.md]"])
+    assert (config.data.files, config.samples) == (["a.txt", "b/*.md"], None)
+    assert check_command_line(["data=text", "data.files=[a.txt]", "samples=7"])[0].samples == 7
+
+
+def test_a_multirun_is_every_combination():
+    trials = check_command_line(["-m", "interval=20,50,100", "heads=4,8"])
+    assert [(t.interval, t.heads) for t in trials] == [(i, h) for i in (20, 50, 100) for h in (4, 8)]
+
+
+GROUPS = [f"{path.parent.name}={path.stem}" for path in sorted(Path(CONF).glob("*/*.yaml")) if path.stem != "text"]
+
+
+@pytest.mark.parametrize("choice", GROUPS)
+def test_every_shipped_configuration_composes(choice):
+    check_command_line([choice])
+
+
+def test_there_are_at_most_twenty_configuration_files():
+    assert len(list(Path(CONF).rglob("*.yaml"))) <= 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("intervl=50", r"no key 'intervl': did you mean interval\?"),
+        ("+intervl=50", r"did you mean interval\?"),
+        ("++intervl=50", r"did you mean interval\?"),
+        ("+typo=5", "no key 'typo'"),
+        ("++model.dmi=8", "no key 'model.dmi'"),
+        ("model.drop=0.2", r"did you mean model.dropout\?"),
+        ("lr=0.1", r"did you mean pretrain.lr or train.lr\?"),
+        ("precision=fp8", r"did you mean trainer.precision\?"),
+        ("+x._target_=os.system", "no key 'x._target_'"),
+        ("+data._target_=os.system", "no key 'data._target_'"),
+        ("~interval", "would delete"),
+        ("+interval=5", r"leave out the '\+'"),
+        ("interval=0", "interval=0 must be at least 1"),
+        ("interval=-3", "interval=-3 must be at least 1"),
+        ("interval=fifty", "interval: Value 'fifty'"),
+        ("interval=50.5", "interval: Value '50.5'"),
+        ("interval=true", "interval: Value 'True'"),
+        ("interval=null", "'interval' is not Optional"),
+        ("interval=", "interval: Value ''"),
+        ("heads=7", "heads=7 does not divide embedding.dim=768"),
+        ("heads=0", "heads=0 must be at least 1"),
+        ("max_contexts=0", "max_contexts=0"),
+        ("samples=0", "samples=0 must be at least 1"),
+        ("samples=ten", "samples: Value 'ten'"),
+        ("seed=-1", "seed=-1"),
+        ("train.lr=nan", "train.lr=nan must be a finite number"),
+        ("pretrain.lr=inf", "pretrain.lr=inf must be a finite number"),
+        ("train.lr=-1", "train.lr=-1.0 must be above 0"),
+        ("train.batch_tokens=0", "train.batch_tokens=0"),
+        ("model.dropout=1", "model.dropout=1.0 must be below 1"),
+        ("trainer.precision=fp8", "must be one of auto, 32-true, bf16-mixed, 16-mixed"),
+        ("embeddings=token", "embeddings=token must be one of table, tokens"),
+        ("data=pydoc", r"did you mean pydocs\? The choices are pydocs, text"),
+        ("experiment=quik", r"did you mean quick\?"),
+        ("model=null", "model=None does not exist"),
+        ("data=text", "data=text needs files"),
+        ("data.files=[a.txt]", "choose data=text"),
+        ("cache_dir=${oc.env:HOME}", "interpolation"),
+        ("cache_dir=a=b", "cannot be read"),
+        ("interval=1,2", "several values: add -m"),
+        ("interval", "cannot be read"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        check_command_line(arguments.split())
+    assert "\n" not in str(error.value)
+
+
+def test_everything_wrong_is_said_at_once():
+    with pytest.raises(UserError) as error:
+        check_command_line(["interval=0", "heads=7", "train.lr=nan", "embeddings=x"])
+    for part in ("interval=0", "heads=7", "train.lr=nan", "embeddings=x"):
+        assert part in str(error.value)
+
+
+def test_every_bad_trial_of_a_multirun_is_named_before_any_starts():
+    with pytest.raises(UserError) as error:
+        check_command_line(["-m", "interval=20,0", "heads=8,7"])
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    assert not any(line.strip().startswith("interval=20 heads=8:") for line in lines)
+
+
+def test_a_known_key_passes():
+    check_key("train.lr")
+
+
+def test_an_outputs_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "outputs").touch()
+    try:
+        for arguments in ([], ["-m", "interval=2,3"]):
+            with pytest.raises(UserError, match=r"outputs/.* cannot be made .*set hydra.run.dir"):
+                check_command_line(arguments)
+    finally:
+        (tmp_path / "outputs").unlink()

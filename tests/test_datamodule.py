@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ctxkv_lightning import datamodule
+from ctxkv_lightning.context.encoder import ContextEncoder
+from ctxkv_lightning.context.pretrain import save_encoder
+from ctxkv_lightning.datamodule import IGNORED, SPLITS, ContextDataModule, Stream, WindowLoader
+from ctxkv_lightning.store import create_array, get_or_build
+from tests.oracles import contexts_step_by_step
+
+V, D, C = 11, 8, 4
+SIZES = {"train": 61, "validation": 17, "test": 2}
+
+
+@pytest.fixture
+def stores(tmp_path):
+    """Folders of small token, embedding and encoder stores."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(folder):
+        for split, size in SIZES.items():
+            ids = torch.randint(0, V, (size,), generator=generator)
+            create_array(folder, split, (size,), np.int32)[:] = ids.numpy()
+
+    def table(folder):
+        create_array(folder, "table", (V, D), np.float32)[:] = torch.randn(V, D, generator=generator).numpy()
+
+    def encoder(folder):
+        torch.manual_seed(0)
+        save_encoder(ContextEncoder(C, D), folder)
+
+    builders = {"tokens": tokens, "embedding": table, "encoder": encoder}
+    return {kind: str(get_or_build(tmp_path, kind, {}, build).path) for kind, build in builders.items()}
+
+
+def opened(stores, tmp_path, **options):
+    data = ContextDataModule(**stores, cache_dir=str(tmp_path), **options)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+@pytest.mark.parametrize("embeddings", ["table", "tokens"])
+def test_stored_tensors_are_the_exact_ones(stores, tmp_path, embeddings):
+    data = opened(stores, tmp_path, embeddings=embeddings)
+    normalised = torch.nn.functional.layer_norm(data.table, (D,))
+    for split in SPLITS:
+        stream = data.streams[split]
+        expected = normalised[stream.tokens]
+        assert torch.equal(stream.embeddings[stream.rows], expected)
+        truth = contexts_step_by_step(data.encoder(), expected)
+        torch.testing.assert_close(stream.contexts, truth, atol=1e-5, rtol=0)
+
+
+def test_both_ways_of_storing_give_the_same_batches_and_their_own_sizes(stores, tmp_path):
+    by_table, by_tokens = (opened(stores, tmp_path, embeddings=way) for way in ("table", "tokens"))
+    for a, b in zip(by_table.train_dataloader(), by_tokens.train_dataloader(), strict=True):
+        assert torch.equal(a.embeddings, b.embeddings)
+        assert torch.equal(a.tokens, b.tokens)
+    assert by_table.sizes() == by_tokens.sizes()
+    assert by_table.sizes()["as_table"] == V * D * 4
+    assert by_table.sizes()["as_tokens"] == sum(SIZES.values()) * D * 4
+    assert by_table.normalised_store().size("table") == pytest.approx(V * D * 4, abs=200)
+
+
+def test_contexts_are_shared_by_runs_that_differ_in_the_window_only(stores, tmp_path):
+    first = opened(stores, tmp_path, interval=2, max_contexts=3).context_store()
+    second = opened(stores, tmp_path, interval=5, max_contexts=2, embeddings="tokens").context_store()
+    assert second.reused
+    assert second.path == first.path
+    assert opened(stores, tmp_path, tolerance=1e-3).context_store().path != first.path
+
+
+def test_phase_one_covers_the_stream_in_runs(stores, tmp_path):
+    stores.pop("encoder")
+    data = opened(stores, tmp_path, pretrain_batch_tokens=25)
+    runs = list(data.train_dataloader())
+    assert [run.start for run in runs] == [0, 25, 50]
+    assert len(data.train_dataloader()) == 3
+    normalised = torch.nn.functional.layer_norm(data.table, (D,))
+    tokens = torch.from_numpy(data.token_store.array("train")).long()
+    together = torch.cat([run.embeddings[run.inverse] for run in runs])
+    assert torch.equal(together, normalised[tokens])
+
+
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    N=st.integers(2, 70),
+    window=st.integers(1, 30),
+    history=st.integers(0, 40),
+    batch=st.integers(1, 90),
+    seed=st.integers(0, 9),
+)
+def test_every_position_counts_once_a_pass_and_sees_its_own_past(N, window, history, batch, seed):
+    stream = Stream(torch.arange(N), torch.arange(N)[:, None] * 10.0, torch.arange(N), torch.arange(N)[:, None] * 1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datamodule, "WINDOW", window)
+        loader = WindowLoader(stream, history, batch, seed)
+        batches = list(loader)
+    assert len(batches) == len(loader)
+    counted = torch.cat([windows.targets[windows.targets != IGNORED] for windows in batches])
+    assert torch.equal(counted.sort().values, torch.arange(1, N))
+    for windows in batches:
+        B, T = windows.tokens.shape
+        assert B * T <= max(batch, window) + window
+        counts = windows.targets != IGNORED
+        assert torch.equal(windows.targets[counts], windows.tokens[counts] + 1)
+        assert torch.equal(windows.embeddings[..., 0], windows.tokens * 10.0)
+        assert windows.contexts.shape == (B, history + T, 1)
+        for b in range(B):
+            missing = 0 if windows.first is None else int(windows.first[b])
+            past = torch.arange(int(windows.tokens[b, 0]) - history + missing, int(windows.tokens[b, -1]) + 1)
+            assert torch.equal(windows.contexts[b, missing:, 0], past.float())
+
+
+def test_order_is_a_function_of_seed_and_pass():
+    stream = Stream(torch.arange(500), torch.zeros(500, 1), torch.arange(500), torch.zeros(500, 1))
+
+    def order(loader):
+        return torch.cat([windows.tokens.flatten() for windows in loader])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datamodule, "WINDOW", 10)
+        one, same, other = (WindowLoader(stream, 3, 50, seed) for seed in (1, 1, 2))
+        in_order = WindowLoader(stream, 3, 50)
+    first = order(one)
+    assert torch.equal(first, order(same))
+    assert not torch.equal(first, order(one))
+    assert not torch.equal(first, order(other))
+    assert torch.equal(order(in_order), order(in_order))

@@ -99,8 +99,8 @@ def prepare_text(config: Config) -> Text:
     corpus = split(documents, config.data.heldout_bytes)
     chosen = {"train": corpus.first(config.samples), "validation": corpus.validation, "test": corpus.test}
     encoding = build_encoding(config, corpus)
-    key = {"documents": {name: _digest(part) for name, part in chosen.items()}}
-    key["encoding"] = tokenizer.fingerprint(encoding)
+    digests = {name: _digest(part) for name, part in chosen.items()}
+    key = {"documents": digests, "encoding": tokenizer.fingerprint(encoding)}
 
     def build(folder: Path) -> None:
         for name, part in chosen.items():
@@ -250,7 +250,8 @@ def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: i
         callbacks=[history, patience, best],
     )
     trainer.fit(module, datamodule=data)
-    scores = {}
+    trainer.logger = None  # the phase's metrics.csv ends with its last epoch
+    scores: dict[str, float] = {}
     for evaluate in (trainer.validate, trainer.test):
         scores |= evaluate(module, datamodule=data, ckpt_path=best.best_model_path, weights_only=True, verbose=False)[0]
     return Trained(module, history, patience.stopped_epoch > 0, scores)
@@ -287,7 +288,8 @@ def build_footing(config: Config, text: Text) -> dict[str, float]:
     """The perplexities of the counting models on the same tokens."""
 
     def build(folder: Path) -> dict[str, float]:
-        return ngram.footing(*(text.tokens.array(name) for name in SPLITS), text.vocab_size)
+        train_ids, validation_ids, test_ids = (text.tokens.array(name).astype(np.int64) for name in SPLITS)
+        return ngram.footing(train_ids, validation_ids, test_ids, text.vocab_size)
 
     key = {"tokens": text.tokens.content, "vocab_size": text.vocab_size}
     return get_or_build(config.cache_dir, "footing", key, build).facts

@@ -1,5 +1,6 @@
 """The slow, obvious twins. Every fast path must agree with one of these; they import torch only."""
 
+import itertools
 import math
 
 import torch
@@ -78,7 +79,7 @@ def step_by_step_nll(model, tokens: Tensor) -> Tensor:
     context = torch.zeros(model.encoder.context_dim)
     contexts, losses = [], []
     attention, ffn = model.attention, model.ffn
-    for now, following in zip(tokens[:-1], tokens[1:], strict=True):
+    for now, following in itertools.pairwise(tokens):
         embedding = F.layer_norm(model.embedding.weight[now], (len(model.embedding.weight[now]),))
         context = model.encoder(context, embedding)
         contexts.append(context)

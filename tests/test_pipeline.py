@@ -63,8 +63,7 @@ def test_a_run_leaves_the_files_of_the_contract(finished):
 
 
 def test_metrics_have_the_keys_that_other_programs_read(finished):
-    folder, config = finished
-    metrics = read_metrics(folder)
+    metrics = read_metrics(finished[0])
     expected = {
         "data": {"train_tokens", "val_tokens", "train_documents", "sha256"},
         "parameters": {"total", "trainable", "embedding", "embedding_norm", "encoder", "attention", "ffn"},

@@ -115,7 +115,7 @@ def test_two_builders_at_once_give_one_whole_store(tmp_path, locked, monkeypatch
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="cannot be written .*cache_dir"):
+    with pytest.raises(UserError, match=r"cannot be written .*cache_dir"):
         get_or_build(tmp_path / "file", "thing", KEY, build)
 
 

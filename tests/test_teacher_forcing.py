@@ -14,7 +14,7 @@ from tests.oracles import step_by_step_nll
 
 
 def make(root, V, D, C, sizes):
-    """A data module over random streams, and a model with its table and encoder."""
+    """Folders of token, embedding and encoder stores over random streams."""
     torch.manual_seed(3)
 
     def tokens(folder):
@@ -29,8 +29,7 @@ def make(root, V, D, C, sizes):
         "embedding": table,
         "encoder": lambda folder: save_encoder(ContextEncoder(C, D), folder),
     }
-    folders = {kind: str(get_or_build(root, kind, {}, build).path) for kind, build in builders.items()}
-    return folders
+    return {kind: str(get_or_build(root, kind, {}, build).path) for kind, build in builders.items()}
 
 
 @pytest.mark.parametrize(("interval", "max_contexts", "length"), [(20, 32, 1300), (1, 1, 30), (50, 64, 40), (7, 3, 2)])

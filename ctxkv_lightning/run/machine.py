@@ -1,7 +1,7 @@
 """What the run ran on: processor, precision, versions."""
 
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -32,4 +32,11 @@ def describe_machine(device: str, precision: str) -> dict[str, str | int]:
 
 def describe_versions() -> dict[str, str]:
     """Versions of Python and of the packages that change numbers."""
-    return {"python": platform.python_version(), **{name.replace("-", "_"): version(name) for name in PACKAGES}}
+    return {"python": platform.python_version(), **{name.replace("-", "_"): _version(name) for name in PACKAGES}}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "not installed"

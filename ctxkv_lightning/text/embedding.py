@@ -106,9 +106,10 @@ def svd_table(ids: Ids, vocab_size: int, dim: int, window: int = 4, seed: int = 
     """U √S of the truncated SVD of the training stream's PPMI, rows of one length, calibrated, `(V, D)`.
 
     The power ½ of S and rows of equal length follow Levy, Goldberg & Dagan (2015): frequent tokens would
-    else have the longest rows, predict themselves most, and keep the scale of all others down. Rows of tokens without a neighbour worth noting,
-    and columns beyond the matrix's rank, are small noise: LayerNorm turns a row of zeros into zeros, and all
-    such tokens into one. `ValueError` where an id is not in [0, V).
+    else have the longest rows, predict themselves most, and keep the scale of all others down. Columns
+    beyond the matrix's rank are small noise. Rows of tokens without a neighbour worth noting are noise too,
+    half of it common to all of them: so a model can learn that none of them comes, which costs 7 % PPL
+    where it cannot (2,380 of 8,192 tokens unseen). `ValueError` where an id is not in [0, V).
     """
     U, S = truncated_svd(ppmi(ids, vocab_size, window), dim, seed)
     S = torch.where(S / S[0].clamp(min=TINY) > RANK_TOLERANCE, S, 0.0)
@@ -122,7 +123,8 @@ def _fill(table: torch.Tensor, empty_columns: torch.Tensor, seed: int) -> torch.
     empty_rows = table.norm(dim=1, keepdim=True) <= RANK_TOLERANCE * size
     V, D = table.shape
     noise = _normal(V, D, seed, "filler") * (FILLER * size if size > 0 else 1.0)
-    return torch.where(empty_rows | empty_columns, noise, table)
+    shared = noise[:1].roll(1, dims=1)  # no token's own noise
+    return torch.where(empty_rows, noise + shared, torch.where(empty_columns, noise, table))
 
 
 def random_table(vocab_size: int, dim: int, seed: int = 42) -> torch.Tensor:

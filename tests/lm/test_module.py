@@ -25,8 +25,8 @@ SIZES = {
 
 def trainer(tmp_path, **options):
     return L.Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, default_root_dir=tmp_path, **options,
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=tmp_path, **options,
     )  # fmt: skip
 
 
@@ -50,10 +50,10 @@ def test_perplexity_keeps_digits_that_fp32_would_lose():
 def test_training_learns_freezes_and_logs(stores, tmp_path):  # noqa: F811
     data = opened(stores, tmp_path, interval=3, max_contexts=4, batch_tokens=20)
     module = ContextKVLMModule(**SIZES, lr=0.01)
-    run = trainer(tmp_path, max_epochs=6)
+    run = trainer(tmp_path, max_epochs=40)
     run.fit(module, datamodule=data)
     logged = run.callback_metrics
-    assert float(logged["train/ppl"]) < V
+    assert float(logged["train/ppl"]) < 0.8 * V
     assert {MONITOR, "val/accuracy", "train/ppl"} <= set(logged)
     assert torch.equal(module.model.embedding.weight, data.table)
     assert torch.equal(module.model.encoder.linear.weight, data.encoder().linear.weight)

@@ -1,0 +1,59 @@
+"""README's commands compose, its files exist, its table is the one that the recorded run printed."""
+
+import json
+import re
+import shlex
+
+import pytest
+from rich.console import Console
+
+from ctxkv_lightning.config import check_key
+from ctxkv_lightning.report.page import summary_table
+from tests.conftest import ROOT
+from train import check_command_line
+
+README = (ROOT / "README.md").read_text()
+DEFAULT_RUN = ROOT / "benchmarks" / "results" / "default_run.json"
+
+
+def default_run_table() -> str:
+    """The summary table of the recorded default run, as a terminal of 80 columns shows it."""
+    console = Console(width=80, record=True, file=open("/dev/null", "w"), color_system=None)  # noqa: SIM115
+    console.print(summary_table(json.loads(DEFAULT_RUN.read_text())))
+    return "\n".join(line.rstrip() for line in console.export_text().splitlines()).strip()
+
+
+def test_the_table_is_the_recorded_run():
+    shown = re.search(r"<!-- default run -->\n```\n(.*?)\n```\n<!-- /default run -->", README, re.DOTALL)
+    assert shown
+    assert shown.group(1).strip() == default_run_table()
+
+
+@pytest.mark.parametrize("command", re.findall(r"^python train\.py (.*)$", README, re.MULTILINE))
+def test_every_command_composes(command):
+    check_command_line(shlex.split(command))
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake (train|test|setup|lint|bench|clean)\b", README))))
+def test_every_make_target_exists(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_every_key_in_the_table_exists_with_its_default():
+    (config,) = check_command_line([])
+    rows = re.findall(r"^\| `([a-z_]+)` \| (\d+) \|", README, re.MULTILINE)
+    assert len(rows) >= 6
+    for key, default in rows:
+        check_key(key)
+        assert str(getattr(config, key)) == default
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#]+)\)", README))
+def test_every_link_leads_somewhere(path):
+    assert (ROOT / path).exists()
+
+
+def test_every_source_file_that_is_named_exists():
+    for name in ("config.py", "pipeline.py", "store.py", "errors.py", "datamodule.py"):
+        assert name in README
+        assert (ROOT / "ctxkv_lightning" / name).exists()

@@ -138,8 +138,19 @@ def published_run(prepared: Prepared, sweeps: int, budget: float, max_epochs: in
         config.model.ffn_dim,
         config.model.dropout,
     )
-    options = {"batch": config.train.batch_tokens, "patience": config.train.patience, "seed": config.seed}
-    epochs = list(train_published(model, *splits, max_epochs=max_epochs, budget=budget, **options))
+    train, validation = splits
+    epochs = list(
+        train_published(
+            model,
+            train,
+            validation,
+            batch=config.train.batch_tokens,
+            patience=config.train.patience,
+            max_epochs=max_epochs,
+            budget=budget,
+            seed=config.seed,
+        )
+    )
     best = min(epochs, key=lambda row: row["val_ppl"])
     return {
         "epochs": epochs,

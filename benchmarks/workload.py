@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.published import PublishedLM, Split, make_optimizer, train_step
-from ctxkv_lightning.datamodule import IGNORED, Stream, WindowLoader, Windows
+from ctxkv_lightning.datamodule import Stream, WindowLoader, Windows
 from ctxkv_lightning.lm.head import CHUNK, frozen_cross_entropy
 from ctxkv_lightning.lm.model import ContextKVLM
 from ctxkv_lightning.run.machine import cpu_multiplies_bf16
@@ -88,17 +88,27 @@ def our_step(model: ContextKVLM, batches: Iterator[Windows], device: torch.devic
     dtype = compute_type(device)
 
     def step() -> int:
-        batch = Windows(*(x if x is None else x.to(device, non_blocking=True) for x in next(batches)))
+        batch = on_device(next(batches), device)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            hidden = model(batch.embeddings, batch.contexts, batch.first)
-            counts = batch.targets != IGNORED
-            loss = frozen_cross_entropy(hidden[counts], model.embedding.weight, batch.targets[counts]).mean()
+            loss = frozen_cross_entropy(hidden_of(model, batch), model.embedding.weight, batch.targets).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         return batch.targets.numel()
 
     return step
+
+
+def hidden_of(model: ContextKVLM, batch: Windows) -> Tensor:
+    """Hidden states (n, D) of the positions that count, as `ContextKVLMModule` takes them."""
+    hidden = model(batch.embeddings, batch.contexts, batch.first).flatten(0, 1)
+    return hidden if batch.counted is None else hidden[batch.counted]
+
+
+def on_device(batch: Windows, device: torch.device) -> Windows:
+    """The batch where the model is, as the trainer would move it."""
+    moved = {name: x.to(device) for name, x in batch._asdict().items() if x is not None}
+    return batch._replace(**moved)
 
 
 def endless(loader: WindowLoader) -> Iterator[Windows]:

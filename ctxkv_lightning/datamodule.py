@@ -25,8 +25,6 @@ from ctxkv_lightning.store import Store, create_array, get_or_build
 SPLITS = ("train", "validation", "test")
 WINDOW = 1110
 """Positions in a window: eight make the published step of 8,880."""
-IGNORED = -100
-"""Target of a position that another window of the same pass has already covered."""
 ROWS_AT_A_TIME = 1 << 16
 
 
@@ -42,7 +40,8 @@ class Windows(NamedTuple):
     """A Phase 2 batch: B windows of T positions with S contexts of history each."""
 
     tokens: Tensor  # (B, T)
-    targets: Tensor  # (B, T), the token after each; IGNORED where it does not count
+    targets: Tensor  # (n,), the token after each position that counts, row by row
+    counted: Tensor | None  # (n,), which of the B·T positions count; None when all do
     embeddings: Tensor  # (B, T, D), normalised
     contexts: Tensor  # (B, S+T, C)
     first: Tensor | None  # (B,), index of a row's first existing context; None when all exist
@@ -222,7 +221,7 @@ class WindowLoader:
     """Windows over one stream; every position that has a next token counts exactly once a pass.
 
     All windows have the same length, as even as the stream allows: the last is moved back to end with the
-    stream, and what it shares with the one before it is IGNORED. With a `seed`, the order of the
+    stream, and what it shares with the one before it does not count. With a `seed`, the order of the
     windows is drawn anew each pass, as a function of (seed, pass).
     """
 
@@ -250,13 +249,15 @@ class WindowLoader:
         own = chosen * self.length
         starts = own.clamp_max(self.positions - self.length)
         positions = starts[:, None] + torch.arange(self.length)
-        targets = self.stream.tokens[positions + 1]
-        targets[positions < own[:, None]] = IGNORED
+        counts = (positions >= own[:, None]).flatten()
+        counted = None if bool(counts.all()) else counts.nonzero().flatten()
+        targets = self.stream.tokens[positions.flatten()[counts] + 1]
         first = (self.history - starts).clamp_min(0)
         reach = starts[:, None] + torch.arange(-self.history, self.length)
         return Windows(
             self.stream.tokens[positions],
             targets,
+            counted,
             self.stream.embeddings[self.stream.rows[positions]],
             self.stream.contexts[reach.clamp_min(0)],
             first if bool(first.any()) else None,

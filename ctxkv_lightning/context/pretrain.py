@@ -48,28 +48,28 @@ class OACDPretrainModule(L.LightningModule):
         self.save_hyperparameters()
         self.encoder = ContextEncoder(context_dim, embedding_dim)
         self.history: list[dict[str, float]] = []
-        self.previous = self.latest = torch.empty(0)
+        self.contexts = self._edge = torch.empty(0)
         self._losses: list[Tensor] = []
+        self._still = 0.0
         self._started = 0.0
 
     def on_fit_start(self) -> None:
-        """Draws the random start N(0, 0.01²). Row t+1 of the (N+1, C) buffers is c_t; row 0 is c_{-1} = 0."""
-        N = self.trainer.datamodule.train_tokens  # type: ignore[attr-defined]
-        self.previous = torch.randn(N + 1, self.hparams["context_dim"], device=self.device) * 0.01
-        self.previous[0] = 0
-        self.latest = torch.zeros_like(self.previous)
+        """Draws the random start N(0, 0.01²): the contexts (N, C) that the first iteration reads."""
+        N, C = self.trainer.datamodule.train_tokens, self.hparams["context_dim"]  # type: ignore[attr-defined]
+        self.contexts = torch.randn(N, C, device=self.device).mul_(0.01)
 
     def on_train_epoch_start(self) -> None:
-        self._losses = []
+        self._losses, self._still = [], 0.0
+        self._edge = self.encoder.initial(1)
         self._started = time.perf_counter()
 
     def training_step(self, batch: Any) -> Tensor:
-        rows = slice(batch.start, batch.start + len(batch.inverse))
-        shifted = self.previous[rows]
+        previous = self.contexts[batch.start : batch.start + len(batch.inverse)]
+        shifted = torch.cat([self._edge, previous[:-1]])
+        self._edge = previous[-1:].clone()  # the next batch shifts in what this one overwrites
         disturbed = torch.randn_like(shifted).mul_(self.hparams["noise"]).add_(shifted)
         drive = self.encoder.drive(batch.embeddings)
         contexts = self.encoder.advance(disturbed, torch.nn.functional.embedding(batch.inverse, drive))
-        self.latest[rows.start + 1 : rows.stop + 1] = contexts.detach()
         loss = oacd_loss(contexts, self.hparams["centroid_weight"])
         if not torch.isfinite(loss):
             raise UserError(
@@ -77,13 +77,15 @@ class OACDPretrainModule(L.LightningModule):
                 f"lower pretrain.lr (now {self.hparams['lr']:g})"
             )
         self._losses.append(loss.detach())
+        rate = convergence_rate(contexts.detach(), previous, self.hparams["move_threshold"])
+        self._still += rate * len(previous)
+        previous.copy_(contexts.detach())
         return loss
 
     def on_train_epoch_end(self) -> None:
-        rate = convergence_rate(self.latest[1:], self.previous[1:], self.hparams["move_threshold"])
+        rate = self._still / len(self.contexts)
         loss = float(torch.stack(self._losses).mean())
         self.log_dict({"pretrain/loss": loss, CONVERGENCE: rate}, prog_bar=True)
-        self.previous, self.latest = self.latest, self.previous
         seconds = time.perf_counter() - self._started
         row = {"iteration": self.current_epoch + 1, "loss": loss, "convergence_rate": rate, "seconds": seconds}
         self.history.append(row)
@@ -104,7 +106,7 @@ class OACDPretrainModule(L.LightningModule):
 
     def summary(self) -> dict[str, Any]:
         """What Phase 1 reached, as JSON: iterations, rates, spectrum of the last contexts, history."""
-        singular = singular_values(self.previous[1:].cpu())
+        singular = singular_values(self.contexts.cpu())
         last = self.history[-1]
         return {
             "iterations": last["iteration"],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
-from ctxkv_lightning.datamodule import IGNORED, Windows
+from ctxkv_lightning.datamodule import Windows
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.head import frozen_cross_entropy, score
 from ctxkv_lightning.lm.model import ContextKVLM
@@ -78,8 +78,7 @@ class ContextKVLMModule(L.LightningModule):
             self.model.encoder.load_state_dict(data.encoder().state_dict())
 
     def training_step(self, batch: Windows, batch_index: int) -> Tensor:
-        hidden, targets = self._counted(batch)
-        nll = frozen_cross_entropy(hidden, self.model.embedding.weight, targets)
+        nll = frozen_cross_entropy(self._hidden(batch), self.model.embedding.weight, batch.targets)
         loss = nll.mean()
         if not torch.isfinite(loss):
             raise UserError(
@@ -125,14 +124,12 @@ class ContextKVLMModule(L.LightningModule):
         trained = [p for p in self.parameters() if p.requires_grad]
         return torch.optim.AdamW(trained, lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"], fused=True)
 
-    def _counted(self, batch: Windows) -> tuple[Tensor, Tensor]:
-        """Hidden states (n, D) and targets (n,) of the positions that count."""
-        hidden = self.model(batch.embeddings, batch.contexts, batch.first)
-        counts = batch.targets != IGNORED
-        return hidden[counts], batch.targets[counts]
+    def _hidden(self, batch: Windows) -> Tensor:
+        """Hidden states (n, D) of the positions that count."""
+        hidden = self.model(batch.embeddings, batch.contexts, batch.first).flatten(0, 1)
+        return hidden if batch.counted is None else hidden[batch.counted]
 
     def _score(self, batch: Windows) -> tuple[Tensor, Tensor]:
         """Losses (n,) in nats and hits (n,) of the positions that count."""
-        hidden, targets = self._counted(batch)
-        nll, hits = score(hidden, self.model.embedding.weight, targets)
+        nll, hits = score(self._hidden(batch), self.model.embedding.weight, batch.targets)
         return nll, hits.float()

@@ -123,8 +123,7 @@ def test_phase_one_takes_one_averaged_step_per_epoch(stores, tmp_path):  # noqa:
     assert run.global_step == len(gradients) == 1
     # The same, written out: the random start shifted right by one, three batches, the mean of their gradients.
     torch.manual_seed(5)
-    previous = torch.randn(62, C) * 0.01
-    previous[0] = 0
+    previous = torch.cat([torch.zeros(1, C), torch.randn(61, C) * 0.01])
     twin = OACDPretrainModule(C, D).encoder
     for parameter, value in zip(twin.parameters(), start, strict=True):
         parameter.data.copy_(value)
@@ -159,7 +158,7 @@ def test_phase_one_stops_on_a_plateau(stores, tmp_path, monkeypatch):  # noqa: F
     stores.pop("encoder")
     data = opened(stores, tmp_path)
     rates = iter([0.3, 0.6, 0.8, 0.805, 0.81, 0.9])
-    monkeypatch.setattr("ctxkv_lightning.context.pretrain.convergence_rate", lambda *_: next(rates))
+    monkeypatch.setattr("ctxkv_lightning.context.pretrain.convergence_rate", lambda *_: next(rates))  # one batch an epoch
     module = OACDPretrainModule(C, D)
     trainer(tmp_path, max_epochs=50, limit_val_batches=0).fit(module, datamodule=data)
     assert module.summary()["iterations"] == 5

@@ -1,0 +1,174 @@
+"""The GPU set in one command: Phase 2 at V=50,257, the contexts, the whole experiment at the published size.
+
+The experiment runs through the real pipeline, Phase 1 to report, on synthetic tokens: its perplexity means
+nothing, its times do. The published run took 97.9 s on an L4.
+"""
+
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import contexts
+from benchmarks.experiment import QUICK as QUICK_CONFIG
+from benchmarks.harness import parse, parser, save, seconds_of
+from benchmarks.workload import (
+    FULL,
+    QUICK,
+    Sizes,
+    endless,
+    our_model,
+    our_step,
+    product_chain,
+    random_stream,
+    random_table,
+    zipf_tokens,
+)
+from ctxkv_lightning import pipeline
+from ctxkv_lightning.config import Config, EmbeddingConfig, TrainConfig
+from ctxkv_lightning.datamodule import WindowLoader
+from ctxkv_lightning.errors import EXIT_CODE
+from ctxkv_lightning.report.page import write_report
+from ctxkv_lightning.run.callbacks import Stages, announcing
+from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.store import create_array, get_or_build
+
+V = 50_257
+TRAIN_TOKENS = 122_794
+HELD_OUT = 22_800
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12}
+"""Dense bf16 peaks from the makers' data sheets."""
+
+
+def phase2(sizes: Sizes, vocabulary: int, device: torch.device, steps: int) -> dict[str, Any]:
+    """Training tokens per second with the stream on the device, and ours as a share of the bare products."""
+    table = random_table(vocabulary, sizes.D)
+    stream = random_stream(14 * sizes.step + 1, table, sizes.C)
+    stream = type(stream)(*(x.to(device) for x in stream))
+    batches = endless(WindowLoader(stream, sizes.history, sizes.step, seed=42))
+    step = our_step(our_model(table, sizes).to(device), batches, device)
+    chain = product_chain(vocabulary, sizes, device)
+    ours, bare = (statistics.median(_per_call(call, steps)) for call in (step, chain))
+    rate = sizes.step / ours
+    return {
+        "tokens_per_second": rate,
+        "percent_of_chain": 100 * bare / ours,
+        "percent_of_peak": _percent_of_peak(rate, sizes, vocabulary, device),
+        "peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
+    }
+
+
+def _per_call(call: Any, calls: int, runs: int = 5) -> list[float]:
+    """Seconds per call in each of some runs; the clock waits for the device once a run, as training does."""
+
+    def run() -> None:
+        for _ in range(calls):
+            call()
+
+    run()
+    return [seconds_of(run) / calls for _ in range(runs)]
+
+
+def _percent_of_peak(rate: float, sizes: Sizes, vocabulary: int, device: torch.device) -> float | None:
+    """Share of the data sheet's bf16 peak, by the products that training needs; None for an unknown device."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peaks = [peak for known, peak in PEAK_FLOPS.items() if known in name]
+    D, C = sizes.D, sizes.C
+    body = 2 * D * D + 2 * C * D + 2 * D * sizes.ffn
+    with_input_gradient = D * D + 2 * D * sizes.ffn
+    flops = 2 * (2 * body + with_input_gradient + 2 * D * vocabulary)
+    return 100 * rate * flops / peaks[0] if peaks else None
+
+
+def experiment(config: Config, tokens: int, held_out: int, vocabulary: int) -> dict[str, Any]:
+    """The pipeline after tokenisation, into a folder that vanishes; seconds by stage and by epoch."""
+    with TemporaryDirectory(prefix="ctxkv-benchmark-") as folder:
+        config = replace(config, cache_dir=str(Path(folder) / "cache"))
+        text, stages = _synthetic_text(config, tokens, held_out, vocabulary), Stages()
+        run = RunFolder.claim(Path(folder) / "run")
+        with announcing():
+            metrics = pipeline.run_stages(config, run, text, stages)
+            run.write_metrics(metrics)
+            with stages("report"):
+                write_report(run)
+    epochs = metrics["train"]["epochs"]
+    return {
+        "tokens": tokens,
+        "seconds": {**stages.seconds, "total": sum(stages.seconds.values())},
+        "epochs": len(epochs),
+        "tokens_per_second": statistics.median(row["tokens_per_second"] for row in epochs),
+        "phase1_iterations": metrics["pretrain"]["iterations"],
+    }
+
+
+def _synthetic_text(config: Config, tokens: int, held_out: int, vocabulary: int) -> pipeline.Text:
+    sizes = {"train": tokens, "validation": held_out, "test": held_out}
+
+    def build(folder: Path) -> None:
+        for seed, (name, n) in enumerate(sizes.items()):
+            create_array(folder, name, (n,), np.int32)[:] = zipf_tokens(n, vocabulary, seed)
+
+    store = get_or_build(config.cache_dir, "tokens", {"synthetic": sizes, "V": vocabulary}, build)
+    return pipeline.Text(dict.fromkeys(sizes, ()), store, vocabulary)
+
+
+def published_size() -> Config:
+    """The published settings, eight epochs long whatever the perplexity does."""
+    train = TrainConfig(max_epochs=8, patience=8)
+    return Config(embedding=EmbeddingConfig(source="random"), train=train)
+
+
+def measure(quick: bool, device: torch.device) -> dict[str, Any]:
+    """The three measurements."""
+    if quick:
+        config = replace(QUICK_CONFIG, embedding=EmbeddingConfig(source="random", dim=32))
+        return {
+            "phase2": phase2(QUICK, 100, device, 1),
+            "contexts": contexts.measure(600, 50, QUICK.D, QUICK.C, device, 1),
+            "experiment": experiment(config, 3000, 500, 300),
+        }
+    return {
+        "phase2": phase2(FULL, V, device, 20),
+        "contexts": contexts.measure(TRAIN_TOKENS, V, FULL.D, FULL.C, device, 3),
+        "experiment": experiment(published_size(), TRAIN_TOKENS, HELD_OUT, V),
+    }
+
+
+def rows(result: dict[str, Any]) -> list[list[str]]:
+    """What the issue asks for, one figure a line."""
+    phase, solved, whole = result["phase2"], result["contexts"], result["experiment"]
+    peak = phase["percent_of_peak"]
+    stages = [[f"  {name}, s", f"{seconds:.2f}"] for name, seconds in whole["seconds"].items() if name != "total"]
+    return [
+        ["measured", "value"],
+        ["Phase 2 step, tokens/s", f"{phase['tokens_per_second']:,.0f}"],
+        ["  % of bf16 peak", "unknown" if peak is None else f"{peak:.1f}"],
+        ["  % of its bare products", f"{phase['percent_of_chain']:.0f}"],
+        [f"contexts of {solved['tokens']:,} tokens, s", f"{solved['ours']['median']:.3f}"],
+        ["  times faster than the loop", f"{solved['ratio']['median']:.1f}"],
+        ["  max error", f"{solved['max_error']:.1e}"],
+        [f"whole experiment, {whole['epochs']} epochs, s", f"{whole['seconds']['total']:.2f}"],
+        *stages,
+        ["  Phase 2 in the trainer, tokens/s", f"{whole['tokens_per_second']:,.0f}"],
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measures on the current GPU; without one, says so and exits with code 2."""
+    options = parse(parser(__doc__), argv)
+    if not torch.cuda.is_available():
+        print("error: benchmarks.gpu needs a CUDA GPU and torch sees none: run it where there is one.", file=sys.stderr)
+        raise SystemExit(EXIT_CODE)
+    result = measure(options.quick, torch.device("cuda"))
+    save("gpu", result, rows(result), options)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,9 @@ from torch import Tensor
 CHUNK = 2048
 """Rows of logits held at a time; fewer would make the products bound by reading the table."""
 
+CPU_BLOCK = 1 << 18
+"""Logits normalised at a time on a CPU: what stays in its cache between the passes over them."""
+
 
 def frozen_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood (N,), fp32, of targets (N,) given hidden states (N, D) and a table (V, D).
@@ -27,14 +30,13 @@ def frozen_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor) -> Tens
 def score(hidden: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood (N,), fp32, and whether the target was the likeliest token (N,)."""
     table = table.to(_compute_type(hidden))
-    parts = []
+    nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
     for rows in _chunks(len(hidden)):
         logits = hidden[rows].to(table.dtype) @ table.T
-        likeliest = logits.argmax(dim=-1)
-        log_likelihood = _log_softmax(logits).gather(1, targets[rows, None])[:, 0]
-        parts.append((-log_likelihood, likeliest == targets[rows]))
-    nll, hits = zip(*parts, strict=True)
-    return torch.cat(nll), torch.cat(hits)
+        hits[rows] = logits.argmax(dim=-1) == targets[rows]
+        nll[rows] = _normalise(logits, targets[rows], gradient=False)
+    return nll, hits
 
 
 class _FrozenCrossEntropy(torch.autograd.Function):
@@ -44,14 +46,10 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for rows in _chunks(len(hidden)):
-            log_likelihood = _log_softmax(hidden[rows].to(table.dtype) @ table.T)
-            target = targets[rows, None]
-            nll[rows] = -log_likelihood.gather(1, target)[:, 0]
+            logits = hidden[rows].to(table.dtype) @ table.T
+            nll[rows] = _normalise(logits, targets[rows], gradient is not None)
             if gradient is not None:
-                # d nll / d logits = softmax - onehot
-                difference = log_likelihood.exp_()
-                difference.scatter_add_(1, target, difference.new_full(target.shape, -1.0))
-                gradient[rows] = difference.to(table.dtype) @ table
+                gradient[rows] = logits @ table
         ctx.save_for_backward(gradient)
         return nll
 
@@ -61,13 +59,27 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         return gradient * nll_gradient[:, None].to(gradient.dtype), None, None
 
 
+def _normalise(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """Losses (n,) in fp32 of logits (n, V); with `gradient`, turns the logits into theirs, softmax - onehot, in place.
+
+    log-sum-exp is the largest logit minus the logarithm of the largest probability, which is at least 1/V:
+    one exponential a logit serves loss and gradient, and none underflows.
+    """
+    rows = max(1, CPU_BLOCK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    losses = []
+    for block, target in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
+        probabilities = torch.softmax(block, dim=-1, dtype=torch.float32)
+        log_sum_exp = block.amax(dim=-1).float() - probabilities.amax(dim=-1).log()
+        losses.append(log_sum_exp - block.gather(1, target)[:, 0])
+        if gradient:
+            probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
+            block.copy_(probabilities)
+    return torch.cat(losses)
+
+
 def _compute_type(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
 
 
 def _chunks(rows: int) -> list[slice]:

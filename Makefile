@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all lint clean
+OUTPUT ?= benchmarks/results
+
+.PHONY: help setup train test test-all lint bench bench-scale bench-gpu clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make the virtual environment and install everything, pinned
 
@@ -34,6 +36,20 @@ lint: $(STAMP) ## Check style, types and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(STAMP) ## Measure every claim of speed and precision on this machine (15 minutes on 2 cores)
+	$(BIN)/python -m benchmarks.attention --output $(OUTPUT)
+	$(BIN)/python -m benchmarks.contexts --output $(OUTPUT)
+	$(BIN)/python -m benchmarks.phase2 --repeats 2 --output $(OUTPUT)
+	$(BIN)/python -m benchmarks.allocator --output $(OUTPUT)
+	$(BIN)/python -m benchmarks.precision --epochs 1 --output $(OUTPUT)
+	$(BIN)/python -m benchmarks.time_to_quality --budget 240 --output $(OUTPUT)
+
+bench-scale: $(STAMP) ## Time per token and memory at 0.1, 1 and 10 million tokens (11 GB of disk)
+	$(BIN)/python -m benchmarks.scale --output $(OUTPUT) $(ARGS)
+
+bench-gpu: $(STAMP) ## Measure the GPU set, its table last; OUTPUT=DIR for the JSON
+	$(BIN)/python -m benchmarks.gpu --output $(OUTPUT)
 
 clean: ## Delete runs, caches and the virtual environment
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

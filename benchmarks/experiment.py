@@ -24,7 +24,7 @@ from ctxkv_lightning.config import (
     TrainConfig,
 )
 from ctxkv_lightning.datamodule import ContextDataModule
-from ctxkv_lightning.lm.module import MONITOR, ContextKVLMModule
+from ctxkv_lightning.lm.module import MONITOR
 from ctxkv_lightning.run.callbacks import History, Stages
 from ctxkv_lightning.run.folder import RunFolder
 
@@ -91,28 +91,13 @@ def our_run(prepared: Prepared, precision: str, max_epochs: int, target: float |
         config,
         prepared.run,
         f"train-{precision}",
+        steps=len(data.train_dataloader()),
         precision=precision,
         max_epochs=max_epochs,
         callbacks=[history, stop, best],
     )
-    trainer.fit(_our_module(prepared), datamodule=data)
+    trainer.fit(pipeline.build_module(config, prepared.vocab_size), datamodule=data)
     return {"epochs": history.epochs, "seconds": time.perf_counter() - started, "precision": precision}
-
-
-def _our_module(prepared: Prepared) -> ContextKVLMModule:
-    config = prepared.config
-    return ContextKVLMModule(
-        vocab_size=prepared.vocab_size,
-        embedding_dim=config.embedding.dim,
-        context_dim=config.context_dim,
-        heads=config.heads,
-        interval=config.interval,
-        max_contexts=config.max_contexts,
-        ffn_dim=config.model.ffn_dim,
-        dropout=config.model.dropout,
-        lr=config.train.lr,
-        weight_decay=config.train.weight_decay,
-    )
 
 
 def published_run(prepared: Prepared, sweeps: int, budget: float, max_epochs: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ YAML under `conf/` states choices, never defaults that already stand here; what 
 import dataclasses
 import difflib
 import math
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +93,8 @@ class ContextsConfig:
 
     tolerance: float = number(1e-5, above=0)
     """Largest difference allowed at the seam of two segments."""
+    dtype: str = choice("float32", "bfloat16")
+    """What they are stored in: bfloat16 halves the store and costs little PPL (benchmarks/precision.py)."""
 
 
 @dataclass
@@ -223,6 +226,13 @@ def check_key(key: str) -> None:
     raise UserError(f"there is no key '{key}': {hint}")
 
 
+def expected(key: str) -> str:
+    """What a value of this key has to be, in words."""
+    words = {int: "a whole number", float: "a number", str: "a text", list: "a list such as [a,b]"}
+    default = operator.attrgetter(key)(Config())
+    return words.get(type(default), "true, false or null") + (" or null for all" if key == "samples" else "")
+
+
 def check_choice(group: str, value: Any, choices: list[str]) -> None:
     """Raises UserError, naming the nearest choice, if a configuration group has no such choice."""
     if value in choices or (group == "experiment" and value is None):
@@ -234,6 +244,9 @@ def check_choice(group: str, value: Any, choices: list[str]) -> None:
 
 def from_composed(composed: DictConfig) -> Config:
     """A checked `Config` from a composed one; UserError lists everything that is wrong with its values."""
+    for line in OmegaConf.to_yaml(composed).splitlines():
+        if "${" in line:  # it could read the environment, which the run folder would then keep
+            raise UserError(f"'{line.strip()}' has an interpolation, which is not resolved: write the value itself.")
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     config.check()

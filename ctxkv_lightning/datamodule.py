@@ -26,6 +26,8 @@ SPLITS = ("train", "validation", "test")
 WINDOW = 1110
 """Positions in a window: eight make the published step of 8,880."""
 ROWS_AT_A_TIME = 1 << 16
+RESIDENT_SHARE = 0.25
+"""Part of a device's free memory that one stream may take; the rest is for the model and its step."""
 
 
 class Run(NamedTuple):
@@ -61,7 +63,8 @@ class ContextDataModule(L.LightningDataModule):
 
     `tokens` holds the arrays train, validation and test; `embedding` holds `table` (V, D); `encoder` the weights
     of Phase 1. `embeddings="table"` stores the normalised table once, `"tokens"` a row per token: the same
-    numbers. `prepare_data` builds what is missing, `setup` opens it.
+    numbers. `contexts_dtype` is what contexts are stored in; they are solved and read as fp32. `prepare_data`
+    builds what is missing, `setup` opens it, on the GPU if it fits.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class ContextDataModule(L.LightningDataModule):
         pretrain_batch_tokens: int = 5000,
         embeddings: Literal["table", "tokens"] = "table",
         tolerance: float = 1e-5,
+        contexts_dtype: Literal["float32", "bfloat16"] = "float32",
         seed: int = 42,
     ) -> None:
         super().__init__()
@@ -153,6 +157,7 @@ class ContextDataModule(L.LightningDataModule):
             "embedding": self.embedding_store.content,
             "tokens": self.token_store.content,
             "tolerance": self.hparams["tolerance"],
+            "dtype": self.hparams["contexts_dtype"],
         }
 
         def build(folder: Path) -> dict[str, Any]:
@@ -160,10 +165,8 @@ class ContextDataModule(L.LightningDataModule):
             encoder, normalised = load_encoder(encoder_store), self._normalised_table()
             for split in SPLITS:
                 ids = self._tokens(split)
-                out = create_array(folder, split, (len(ids), encoder.context_dim), np.float32)
-                _, error = solve_contexts(
-                    encoder, normalised, self.hparams["tolerance"], ids=ids, out=torch.from_numpy(out)
-                )
+                out = self._as_contexts(create_array(folder, split, (len(ids), encoder.context_dim), self._stored_type))
+                _, error = solve_contexts(encoder, normalised, self.hparams["tolerance"], ids=ids, out=out)
                 worst = max(worst, error)
             return {"seam_error": worst, "seconds": time.perf_counter() - started}
 
@@ -192,14 +195,34 @@ class ContextDataModule(L.LightningDataModule):
             embeddings, rows = normalised.array(split), torch.arange(len(tokens))
         else:
             embeddings, rows = normalised.array("table"), tokens
-        contexts = torch.from_numpy(self.context_store().array(split))
-        return Stream(tokens, torch.from_numpy(embeddings), rows, contexts)
+        contexts = self._as_contexts(self.context_store().array(split))
+        return self._resident(Stream(tokens, torch.from_numpy(embeddings), rows, contexts))
+
+    @property
+    def _stored_type(self) -> type[np.generic]:
+        """numpy has no bf16: its bits are stored as 16-bit integers."""
+        return np.int16 if self.hparams["contexts_dtype"] == "bfloat16" else np.float32
+
+    def _as_contexts(self, stored: np.ndarray) -> Tensor:
+        return torch.from_numpy(stored).view(getattr(torch, self.hparams["contexts_dtype"]))
+
+    def _resident(self, stream: Stream) -> Stream:
+        """The stream on the trainer's GPU if it fits there with room to spare, else where it is: memory-mapped."""
+        device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
+        if device.type != "cuda" or not fits(stream, torch.cuda.mem_get_info(device)[0]):
+            return stream
+        return Stream(*(tensor.to(device) for tensor in stream))
 
     def _windows(self, split: str, shuffle: bool = False) -> "WindowLoader":
         history = (self.hparams["max_contexts"] - 1) * self.hparams["interval"]
         return WindowLoader(
             self.streams[split], history, self.hparams["batch_tokens"], self.hparams["seed"] if shuffle else None
         )
+
+
+def fits(stream: Stream, free_bytes: int) -> bool:
+    """Whether a stream may stay on a device with so many free bytes: it takes at most `RESIDENT_SHARE` of them."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in stream) <= RESIDENT_SHARE * free_bytes
 
 
 class RunLoader:
@@ -251,14 +274,16 @@ class WindowLoader:
         positions = starts[:, None] + torch.arange(self.length)
         counts = (positions >= own[:, None]).flatten()
         counted = None if bool(counts.all()) else counts.nonzero().flatten()
-        targets = self.stream.tokens[positions.flatten()[counts] + 1]
+        device = self.stream.tokens.device
+        targets = self.stream.tokens[positions.flatten()[counts].to(device) + 1]
         first = (self.history - starts).clamp_min(0)
         reach = starts[:, None] + torch.arange(-self.history, self.length)
+        positions, reach = positions.to(device), reach.clamp_min(0).to(device)
         return Windows(
             self.stream.tokens[positions],
             targets,
-            counted,
+            None if counted is None else counted.to(device),
             self.stream.embeddings[self.stream.rows[positions]],
-            self.stream.contexts[reach.clamp_min(0)],
-            first if bool(first.any()) else None,
+            self.stream.contexts[reach].float(),
+            first.to(device) if bool(first.any()) else None,
         )

@@ -29,7 +29,7 @@ from ctxkv_lightning.lm.module import MONITOR, ContextKVLMModule
 from ctxkv_lightning.report.page import summary_table, write_report
 from ctxkv_lightning.run.callbacks import History, Stages, announcing, log, logging_to
 from ctxkv_lightning.run.folder import RunFolder
-from ctxkv_lightning.run.machine import describe_machine, describe_versions, resolve_precision
+from ctxkv_lightning.run.machine import describe_machine, describe_versions, keep_freed_memory, resolve_precision
 from ctxkv_lightning.store import Store, create_array, get_or_build
 from ctxkv_lightning.text import embedding, ngram, tokenizer
 from ctxkv_lightning.text.corpus import Corpus, Document, read_files, read_pydocs, split
@@ -57,6 +57,7 @@ def run_experiment(config: Config, folder: Path) -> float:
 
     Raises UserError for a mistake in the input; the folder is claimed once the text has proved readable.
     """
+    keep_freed_memory()
     stages = Stages()
     with announcing():
         with stages("text"):
@@ -163,6 +164,7 @@ def build_data(config: Config, text: Text, table: Store) -> ContextDataModule:
         pretrain_batch_tokens=config.pretrain.batch_tokens,
         embeddings=config.embeddings,  # type: ignore[arg-type]
         tolerance=config.contexts.tolerance,
+        contexts_dtype=config.contexts.dtype,  # type: ignore[arg-type]
         seed=config.seed,
     )
 
@@ -199,6 +201,7 @@ def pretrain(config: Config, run: RunFolder, data: ContextDataModule) -> Store:
             config,
             run,
             "pretrain",
+            steps=1,
             precision="32-true",
             max_epochs=options["max_iterations"],
             accumulate_grad_batches=len(data.train_dataloader()),
@@ -223,28 +226,19 @@ def pretrain(config: Config, run: RunFolder, data: ContextDataModule) -> Store:
 def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: int) -> Trained:
     """Phase 2, then the best checkpoint reloaded: validated, and tested once."""
     L.seed_everything(config.seed, verbose=False)
-    module = ContextKVLMModule(
-        vocab_size=vocab_size,
-        embedding_dim=config.embedding.dim,
-        context_dim=config.context_dim,
-        heads=config.heads,
-        interval=config.interval,
-        max_contexts=config.max_contexts,
-        ffn_dim=config.model.ffn_dim,
-        dropout=config.model.dropout,
-        lr=config.train.lr,
-        weight_decay=config.train.weight_decay,
-    )
+    module = build_module(config, vocab_size)
     columns = {"train_ppl": "train/ppl", "val_ppl": MONITOR, "val_accuracy": "val/accuracy"}
     history = History(columns, data.train_tokens - 1)
     patience = EarlyStopping(MONITOR, mode="min", patience=config.train.patience, check_finite=True)
     best = ModelCheckpoint(
         run.checkpoints, filename="best", monitor=MONITOR, mode="min", save_last=True, enable_version_counter=False
     )
+    data.setup("fit")
     trainer = build_trainer(
         config,
         run,
         "train",
+        steps=len(data.train_dataloader()),
         precision=resolve_precision(config.trainer.precision, config.trainer.accelerator),
         max_epochs=config.train.max_epochs,
         callbacks=[history, patience, best],
@@ -257,10 +251,26 @@ def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: i
     return Trained(module, history, patience.stopped_epoch > 0, scores)
 
 
+def build_module(config: Config, vocab_size: int) -> ContextKVLMModule:
+    """Phase 2's module, untrained."""
+    return ContextKVLMModule(
+        vocab_size=vocab_size,
+        embedding_dim=config.embedding.dim,
+        context_dim=config.context_dim,
+        heads=config.heads,
+        interval=config.interval,
+        max_contexts=config.max_contexts,
+        ffn_dim=config.model.ffn_dim,
+        dropout=config.model.dropout,
+        lr=config.train.lr,
+        weight_decay=config.train.weight_decay,
+    )
+
+
 def build_trainer(
-    config: Config, run: RunFolder, phase: str, *, callbacks: list[L.Callback], **options: Any
+    config: Config, run: RunFolder, phase: str, *, steps: int, callbacks: list[L.Callback], **options: Any
 ) -> L.Trainer:
-    """A Trainer that logs `phase` into the run folder, with a progress bar where somebody can see it."""
+    """A Trainer that logs `phase`, of so many steps an epoch, into the run folder; a progress bar where one is seen."""
     hardware = asdict(config.trainer)
     visible = hardware.pop("enable_progress_bar")
     visible = sys.stdout.isatty() if visible is None else visible
@@ -269,11 +279,12 @@ def build_trainer(
         **{**hardware, **options},
         default_root_dir=run.path,
         logger=CSVLogger(run.path, name="", version=phase),
-        log_every_n_steps=1,
+        log_every_n_steps=min(10, steps),
         num_sanity_val_steps=0,
         enable_model_summary=False,
         enable_progress_bar=visible,
-        callbacks=[*callbacks, *([RichProgressBar()] if visible else [])],
+        # Reading a metric to show it makes the host wait for a GPU, whose steps take milliseconds.
+        callbacks=[*callbacks, *([RichProgressBar(10 if torch.cuda.is_available() else 1)] if visible else [])],
     )
 
 

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from ctxkv_lightning.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 LOCK_SECONDS = 1800
 UNWRITABLE = {

@@ -74,6 +74,22 @@ def test_contexts_are_shared_by_runs_that_differ_in_the_window_only(stores, tmp_
     assert opened(stores, tmp_path, tolerance=1e-3).context_store().path != first.path
 
 
+def test_contexts_in_bf16_are_the_same_ones_rounded_in_half_the_bytes(stores, tmp_path):
+    exact, rounded = (opened(stores, tmp_path, contexts_dtype=dtype) for dtype in ("float32", "bfloat16"))
+    for split in SPLITS:
+        assert torch.equal(rounded.streams[split].contexts, exact.streams[split].contexts.bfloat16())
+    batch = next(iter(rounded.val_dataloader()))
+    assert batch.contexts.dtype == torch.float32
+    payload = [data.context_store().size("train") - 128 for data in (exact, rounded)]
+    assert payload[0] == 2 * payload[1]
+
+
+def test_a_stream_stays_on_a_device_only_with_room_to_spare():
+    stream = Stream(*(torch.zeros(25, dtype=torch.float32) for _ in range(4)))
+    assert datamodule.fits(stream, 1600)
+    assert not datamodule.fits(stream, 1599)
+
+
 def test_phase_one_covers_the_stream_in_runs(stores, tmp_path):
     stores.pop("encoder")
     data = opened(stores, tmp_path, pretrain_batch_tokens=25)

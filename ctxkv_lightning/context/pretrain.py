@@ -6,16 +6,25 @@ are averaged (Lightning's accumulation) into one Adam step.
 """
 
 import logging
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 
 from ctxkv_lightning.context.encoder import ContextEncoder
-from ctxkv_lightning.context.oacd import convergence_rate, effective_rank_of, has_plateaued, oacd_loss, singular_values
+from ctxkv_lightning.context.oacd import (
+    ROWS_AT_A_TIME,
+    convergence_rate,
+    effective_rank_of,
+    has_plateaued,
+    oacd_loss,
+    singular_values,
+)
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.store import Store
 
@@ -23,6 +32,8 @@ log = logging.getLogger(__name__)
 
 CONVERGENCE = "pretrain/convergence_rate"
 WEIGHTS = "encoder.pt"
+FILE_BACKED = 1 << 30
+"""Bytes from which the contexts of an iteration live in a file."""
 
 
 class OACDPretrainModule(L.LightningModule):
@@ -56,7 +67,9 @@ class OACDPretrainModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Draws the random start N(0, 0.01²): the contexts (N, C) that the first iteration reads."""
         N, C = self.trainer.datamodule.train_tokens, self.hparams["context_dim"]  # type: ignore[attr-defined]
-        self.contexts = torch.randn(N, C, device=self.device).mul_(0.01)
+        self.contexts = scratch(N, C, self.device)
+        for rows in self.contexts.split(ROWS_AT_A_TIME):
+            rows.normal_(std=0.01)
 
     def on_train_epoch_start(self) -> None:
         self._losses, self._still = [], 0.0
@@ -117,6 +130,14 @@ class OACDPretrainModule(L.LightningModule):
             "history": self.history,
             "singular_values": singular.tolist(),
         }
+
+
+def scratch(rows: int, columns: int, device: torch.device) -> Tensor:
+    """An uninitialised fp32 tensor; on a CPU and of `FILE_BACKED` bytes or more, one that the system can page out."""
+    if device.type != "cpu" or rows * columns * 4 < FILE_BACKED:
+        return torch.empty(rows, columns, device=device)
+    with tempfile.TemporaryFile() as file:  # the mapping outlives the file's name
+        return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(rows, columns)))
 
 
 def save_encoder(encoder: ContextEncoder, folder: Path) -> None:

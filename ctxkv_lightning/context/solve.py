@@ -12,7 +12,7 @@ from torch import Tensor
 from ctxkv_lightning.context.encoder import ContextEncoder
 
 SEGMENT = 256
-WARM_UP = 64
+WARM_UP = 96
 BLOCK = 1 << 18
 """Tokens solved at a time: bounds the working memory at about 0.6 KB × C per token of a block."""
 
@@ -33,52 +33,55 @@ def solve_contexts(
     type whatever the type of `out`. The seam error is the largest absolute difference between the state
     a segment started from and the one its predecessor ended in: at most `tolerance`.
     """
-    table = None if ids is None else encoder.drive(embeddings)
     N = len(embeddings) if ids is None else len(ids)
     contexts = embeddings.new_empty(N, encoder.context_dim) if out is None else out
+    table = None if ids is None else encoder.drive(embeddings)
     state, worst = encoder.initial(), 0.0
     for start in range(0, N, BLOCK):
-        rows = slice(start, start + BLOCK)
-        block = encoder.drive(embeddings[rows]) if table is None or ids is None else table[ids[rows]]
-        solved, error = _solve_block(encoder, block, state, tolerance)
+        rows = slice(start, min(start + BLOCK, N))
+        if table is None or ids is None:
+            drives, index = encoder.drive(embeddings[rows]), torch.arange(rows.stop - start, device=state.device)
+        else:
+            drives, index = table, ids[rows]
+        solved, error = _solve_block(encoder, drives, index, state, tolerance)
         contexts[rows] = solved
-        state, worst = solved[-1], max(worst, error)
+        state, worst = solved[-1].clone(), max(worst, error)
     return contexts, worst
 
 
-def _solve_block(encoder: ContextEncoder, drive: Tensor, state: Tensor, tolerance: float) -> tuple[Tensor, float]:
-    """Contexts of one block, drive (n, C), that begins in `state` (C,)."""
-    n, C = drive.shape
+def _solve_block(
+    encoder: ContextEncoder, drives: Tensor, index: Tensor, state: Tensor, tolerance: float
+) -> tuple[Tensor, float]:
+    """Contexts (n, C) of a block that begins in `state` (C,); step t has the token half `drives[index[t]]`."""
+    n, C = len(index), drives.shape[1]
     segments = -(-n // SEGMENT)
-    padded = drive.new_zeros(segments * SEGMENT, C)
-    padded[:n] = drive
-    steps = padded.view(segments, SEGMENT, C)
-    starts = _warm_up(encoder, steps, state)
-    contexts = torch.empty_like(steps)
-    wrong = torch.arange(segments, device=drive.device)
+    # Time first: the rows of one lock-step lie together. What pads the last segment is cut off again.
+    steps = torch.nn.functional.pad(index, (0, segments * SEGMENT - n)).view(segments, SEGMENT).T.contiguous()
+    starts = _warm_up(encoder, drives, steps, state)
+    contexts = drives.new_empty(segments, SEGMENT, C)
+    wrong = torch.arange(segments, device=drives.device)
     while len(wrong):
-        contexts[wrong] = _run(encoder, steps[wrong], starts[wrong])
+        contexts[wrong] = _run(encoder, drives, steps[:, wrong], starts[wrong])
         gaps = (contexts[:-1, -1] - starts[1:]).abs().amax(dim=1)
         wrong = (gaps > tolerance).nonzero().flatten() + 1
         starts[wrong] = contexts[wrong - 1, -1]
     return contexts.view(-1, C)[:n], float(gaps.max()) if len(gaps) else 0.0
 
 
-def _warm_up(encoder: ContextEncoder, steps: Tensor, state: Tensor) -> Tensor:
+def _warm_up(encoder: ContextEncoder, drives: Tensor, steps: Tensor, state: Tensor) -> Tensor:
     """Guessed start states (segments, C): zero, then the last tokens before each segment."""
-    starts = steps.new_zeros(len(steps), steps.shape[2])
-    before = steps[:-1, -min(WARM_UP, SEGMENT) :]
-    for step in before.unbind(dim=1):
-        starts[1:] = encoder.advance(starts[1:], step)
+    starts = drives.new_zeros(steps.shape[1], drives.shape[1])
+    for step in steps[-WARM_UP:, :-1]:
+        starts[1:] = encoder.advance(starts[1:], drives[step])
     starts[0] = state
     return starts
 
 
-def _run(encoder: ContextEncoder, steps: Tensor, starts: Tensor) -> Tensor:
-    """Contexts (segments, SEGMENT, C) of segments that start in `starts` (segments, C)."""
-    contexts = torch.empty_like(steps)
+def _run(encoder: ContextEncoder, drives: Tensor, steps: Tensor, starts: Tensor) -> Tensor:
+    """Contexts (segments, SEGMENT, C) of segments, steps (SEGMENT, segments), that start in `starts` (segments, C)."""
+    contexts = drives.new_empty(steps.shape[1], steps.shape[0], drives.shape[1])
     state = starts
-    for t in range(steps.shape[1]):
-        state = encoder.advance(state, steps[:, t])
+    for t, step in enumerate(steps):
+        state = encoder.advance(state, drives[step])
         contexts[:, t] = state
     return contexts

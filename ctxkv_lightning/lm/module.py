@@ -19,6 +19,10 @@ MONITOR = "val/ppl"
 """What early stopping and the best checkpoint go by; logged by `ContextKVLMModule`."""
 
 
+LOOK_EVERY = 16
+"""Steps between two looks at whether the loss is still finite, where looking stalls the device."""
+
+
 class Perplexity(Metric):
     """exp(summed NLL / tokens), accumulated in fp64 from fp32 losses, over all ranks."""
 
@@ -49,6 +53,8 @@ class ContextKVLMModule(L.LightningModule):
     anything is saved when the validation PPL is not. Embedding and encoder are taken from the data module.
     """
 
+    broken: Tensor
+
     def __init__(
         self,
         vocab_size: int,
@@ -69,6 +75,7 @@ class ContextKVLMModule(L.LightningModule):
         )
         self.train_ppl, self.val_ppl, self.test_ppl = Perplexity(), Perplexity(), Perplexity()
         self.val_accuracy, self.test_accuracy = MeanMetric(), MeanMetric()
+        self.register_buffer("broken", torch.zeros((), dtype=torch.bool), persistent=False)
 
     def setup(self, stage: str) -> None:
         """Copies the frozen parts from the data module, once per fit; a checkpoint has them already."""
@@ -80,11 +87,7 @@ class ContextKVLMModule(L.LightningModule):
     def training_step(self, batch: Windows, batch_index: int) -> Tensor:
         nll = frozen_cross_entropy(self._hidden(batch), self.model.embedding.weight, batch.targets)
         loss = nll.mean()
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss.item()} at step {batch_index + 1} of epoch {self.current_epoch + 1}, before "
-                f"the update: lower train.lr (now {self.hparams['lr']:g}) or set trainer.precision=32-true"
-            )
+        self._refuse_broken_updates(loss.detach(), batch_index)
         self.train_ppl.update(nll.detach())
         self.log("train/ppl", self.train_ppl, on_step=False, on_epoch=True)
         self.log("train/loss", loss.detach(), on_step=True, on_epoch=False)
@@ -119,6 +122,24 @@ class ContextKVLMModule(L.LightningModule):
         self.test_accuracy.update(hits)
         self.log("test/ppl", self.test_ppl, on_epoch=True)
         self.log("test/accuracy", self.test_accuracy, on_epoch=True)
+
+    def _refuse_broken_updates(self, loss: Tensor, batch_index: int) -> None:
+        """From the first loss on that is not finite, lets the optimizer skip its updates; raises when it looks.
+
+        Looking makes the host wait for a GPU, so there it looks now and then; nothing is lost, for the fused
+        optimizer reads `found_inf` on the device. (In fp16, Lightning's gradient scaler does the same.)
+        """
+        self.broken |= ~loss.isfinite()
+        if self.trainer.precision != "16-mixed":
+            self.optimizers(use_pl_optimizer=False).found_inf = self.broken.float()  # type: ignore[union-attr]
+        if self._looks(batch_index) and self.broken:
+            raise UserError(
+                f"the loss became {loss.item()} at step {batch_index + 1} of epoch {self.current_epoch + 1}, before "
+                f"the update: lower train.lr (now {self.hparams['lr']:g}) or set trainer.precision=32-true"
+            )
+
+    def _looks(self, batch_index: int) -> bool:
+        return self.device.type == "cpu" or batch_index % LOOK_EVERY == 0 or self.trainer.is_last_batch
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         trained = [p for p in self.parameters() if p.requires_grad]

@@ -1,5 +1,6 @@
 """What the run ran on: processor, precision, versions."""
 
+import ctypes
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -17,6 +18,20 @@ def resolve_precision(asked: str, accelerator: str) -> str:
     if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available() and cpu_multiplies_bf16():
         return "bf16-mixed"
     return "32-true"
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep large freed blocks for the next step.
+
+    It would else return each to the system, which zeroes it anew: 5 to 15 % of a training step on a CPU
+    (benchmarks/allocator.py). Nothing happens where the C library is another.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def cpu_multiplies_bf16() -> bool:

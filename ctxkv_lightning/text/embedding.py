@@ -43,6 +43,9 @@ SCALE_TOLERANCE = 1e-3
 CHUNK = 256
 """Rows of logits at a time: bounds memory where V is large."""
 
+PAIRS_AT_A_TIME = 1 << 20
+"""Pairs of neighbours counted at a time: bounds memory where N is large."""
+
 TINY = float(np.finfo(np.float32).tiny)
 
 SAMPLE = 1024
@@ -62,18 +65,20 @@ def ppmi(ids: Ids, vocab_size: int, window: int = 4) -> sparse.csr_array:
     more about what comes next. With n(w), n(c) its marginals and α = `CONTEXT_SMOOTHING`,
     PPMI(w, c) = max(0, ln [n(w, c) / n(w) · Σ_c' n(c')^α / n(c)^α])  (Levy, Goldberg & Dagan, 2015).
     """
-    gaps = [gap for gap in range(1, window + 1) if gap < len(ids)]
-    left = np.concatenate([ids[:0], *(ids[:-gap] for gap in gaps)])
-    right = np.concatenate([ids[:0], *(ids[gap:] for gap in gaps)])
-    weights = np.concatenate([np.zeros(0), *(np.full(len(ids) - gap, 1 / gap) for gap in gaps)])
-    counts = sparse.coo_array((weights, (left, right)), shape=(vocab_size, vocab_size)).tocsr()
+    shape = (vocab_size, vocab_size)
+    counts = sparse.csr_array(shape)
+    for gap in range(1, window + 1):
+        for start in range(0, max(len(ids) - gap, 0), PAIRS_AT_A_TIME):
+            right = ids[start + gap : start + gap + PAIRS_AT_A_TIME]
+            left = ids[start : start + len(right)]
+            counts += sparse.coo_array((np.full(len(right), 1 / gap), (left, right)), shape=shape).tocsr()
     cells = (counts + counts.T).tocoo()
     marginal = np.bincount(cells.row, cells.data, vocab_size)
     smoothed = marginal**CONTEXT_SMOOTHING
     ratio = cells.data / marginal[cells.row] * smoothed.sum() / smoothed[cells.col]
     kept = ratio > 1
     places = (cells.row[kept], cells.col[kept])
-    return sparse.coo_array((np.log(ratio[kept]), places), shape=(vocab_size, vocab_size)).tocsr()
+    return sparse.coo_array((np.log(ratio[kept]), places), shape=shape).tocsr()
 
 
 def truncated_svd(matrix: sparse.csr_array, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

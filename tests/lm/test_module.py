@@ -5,11 +5,12 @@ import pytest
 import torch
 from torchmetrics.text import Perplexity as LogitPerplexity
 
+from ctxkv_lightning.context import pretrain
 from ctxkv_lightning.context.pretrain import OACDPretrainModule, load_encoder, save_encoder
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import MONITOR, ContextKVLMModule, Perplexity
 from ctxkv_lightning.store import get_or_build
-from tests.oracles import full_logit_loss
+from tests.oracles import convergence_from_formula, full_logit_loss
 from tests.test_datamodule import C, D, V, opened, stores  # noqa: F401
 
 SIZES = {
@@ -89,6 +90,27 @@ def test_a_loss_that_becomes_nan_stops_before_the_update(stores, tmp_path):  # n
     assert all(torch.equal(a, b) for a, b in zip(poison.before, module.model.ffn.up.parameters(), strict=True))
 
 
+def test_where_looking_is_costly_a_nan_still_updates_nothing(stores, tmp_path, monkeypatch):  # noqa: F811
+    """The loss is NaN from step 3 on and nobody looks before the epoch's end, as on a GPU."""
+    data = opened(stores, tmp_path, interval=3, max_contexts=4, batch_tokens=8)
+    module = ContextKVLMModule(**SIZES)
+    monkeypatch.setattr(module, "_looks", lambda index: module.trainer.is_last_batch)
+    seen = []
+
+    class Poison(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            seen.append([p.clone() for p in module.model.ffn.up.parameters()])
+            if index >= 2:
+                batch.embeddings[0, 0, 0] = float("nan")
+
+    with pytest.raises(UserError, match="became nan"):
+        trainer(tmp_path, max_epochs=2, callbacks=[Poison()]).fit(module, datamodule=data)
+    assert len(seen) == len(data.train_dataloader()) > 4
+    assert not torch.equal(seen[1][0], seen[2][0])
+    assert all(torch.equal(seen[2][0], later[0]) for later in seen[3:])
+    assert torch.equal(seen[2][0], module.model.ffn.up.weight)
+
+
 def test_a_nan_in_validation_stops_too(stores, tmp_path):  # noqa: F811
     data = opened(stores, tmp_path, interval=3, max_contexts=4)
     data.streams["validation"].contexts[3] = float("nan")
@@ -138,6 +160,40 @@ def test_phase_one_takes_one_averaged_step_per_epoch(stores, tmp_path):  # noqa:
         torch.testing.assert_close(ours, parameter.grad, atol=1e-6, rtol=1e-4)
 
 
+def test_phase_one_iterations_are_jacobi_sweeps(stores, tmp_path):  # noqa: F811
+    """Overwriting the contexts batch by batch gives what two buffers would: every context from the last iteration's."""
+    stores.pop("encoder")
+    data = opened(stores, tmp_path, pretrain_batch_tokens=7)
+    module = OACDPretrainModule(C, D, lr=0.0, noise=0.0)
+    torch.manual_seed(5)
+    run = trainer(tmp_path, max_epochs=3, accumulate_grad_batches=9, limit_val_batches=0)
+    run.fit(module, datamodule=data)
+    torch.manual_seed(5)
+    contexts = torch.randn(61, C) * 0.01
+    table = torch.nn.functional.layer_norm(data.table, (D,))
+    embeddings = table[torch.from_numpy(data.token_store.array("train")).long()]
+    rates = []
+    for _ in range(3):
+        shifted = torch.cat([torch.zeros(1, C), contexts[:-1]])
+        before, contexts = contexts, module.encoder(shifted, embeddings).detach()
+        rates.append(convergence_from_formula(contexts, before, 0.03))
+    torch.testing.assert_close(module.contexts, contexts, atol=1e-5, rtol=0)
+    assert [row["convergence_rate"] for row in module.history] == pytest.approx(rates)
+
+
+def test_large_iterations_live_in_a_file_and_give_the_same_numbers(stores, tmp_path, monkeypatch):  # noqa: F811
+    stores.pop("encoder")
+    data = opened(stores, tmp_path)
+    weights = []
+    for limit in (1 << 30, 1):
+        monkeypatch.setattr(pretrain, "FILE_BACKED", limit)
+        torch.manual_seed(5)
+        module = OACDPretrainModule(C, D)
+        trainer(tmp_path, max_epochs=2, limit_val_batches=0).fit(module, datamodule=data)
+        weights.append(module.encoder.linear.weight)
+    assert torch.equal(*weights)
+
+
 def test_phase_one_stops_at_the_target_and_reports(stores, tmp_path):  # noqa: F811
     stores.pop("encoder")
     data = opened(stores, tmp_path)
@@ -158,7 +214,9 @@ def test_phase_one_stops_on_a_plateau(stores, tmp_path, monkeypatch):  # noqa: F
     stores.pop("encoder")
     data = opened(stores, tmp_path)
     rates = iter([0.3, 0.6, 0.8, 0.805, 0.81, 0.9])
-    monkeypatch.setattr("ctxkv_lightning.context.pretrain.convergence_rate", lambda *_: next(rates))  # one batch an epoch
+    monkeypatch.setattr(
+        "ctxkv_lightning.context.pretrain.convergence_rate", lambda *_: next(rates)
+    )  # one batch an epoch
     module = OACDPretrainModule(C, D)
     trainer(tmp_path, max_epochs=50, limit_val_batches=0).fit(module, datamodule=data)
     assert module.summary()["iterations"] == 5

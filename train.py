@@ -33,6 +33,7 @@ from ctxkv_lightning.errors import EXIT_CODE, UserError
 
 CONF = Path(__file__).parent / "conf"
 _standing: set[Path] = set()  # the run folder's ancestors that were there before the run: never removed
+_failed_sweeps: set[Path] = set()
 
 ConfigStore.instance().store(name="schema", node=Config)
 OmegaConf.register_new_resolver("run_id", lambda: secrets.token_hex(3), use_cache=True)
@@ -195,6 +196,7 @@ def task(composed: DictConfig) -> float:
         return run_experiment(from_composed(composed), folder)
     except UserError as error:
         if multirun:
+            _failed_sweeps.add(_absolute(HydraConfig.get().sweep.dir))
             print(f"error in trial {' '.join(HydraConfig.get().overrides.task)}: {error}", file=sys.stderr)
             raise UserError("a trial failed, as said above.") from None
         print(f"error: {error}", file=sys.stderr)
@@ -216,6 +218,14 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
+def _remove_barren_sweeps() -> None:
+    """Removes the folders of failed sweeps that hold nothing but Hydra's own note of the sweep."""
+    for folder in _failed_sweeps:
+        if [path.name for path in folder.iterdir()] == ["multirun.yaml"]:
+            (folder / "multirun.yaml").unlink()
+            _remove_empty([folder, *folder.parents])
+
+
 def main() -> None:
     """Runs the command line; a UserError becomes one line on stderr and exit code 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hands exceptions on to us instead of printing half of them
@@ -227,6 +237,8 @@ def main() -> None:
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        _remove_barren_sweeps()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         runs = {name: our_run(prepared, name, epochs) for name in ("32-true", "bf16-mixed")}
         prepared.data.hparams["contexts_dtype"] = "bfloat16"
         prepared.data.use_encoder(str(prepared.data.encoder_folder))
+        prepared.data.prepare_data()
+        prepared.data.setup("fit")
         runs["bf16-mixed, bf16 contexts"] = our_run(prepared, "bf16-mixed", epochs)
     result = compare(runs)
     rows = [["run", "val PPL by epoch", "difference from fp32, %"]]

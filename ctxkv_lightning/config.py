@@ -219,7 +219,7 @@ def check_key(key: str) -> None:
     if key in known:
         return
     namesakes = [other for other in known if other.split(".")[-1] == key.split(".")[-1]]
-    near = namesakes or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = namesakes or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     leaves = difflib.get_close_matches(key.split(".")[-1], [other.split(".")[-1] for other in known], n=1)
     near = near or [other for other in known if other.split(".")[-1] in leaves]
     hint = f"did you mean {' or '.join(near)}?" if near else "see the keys with 'python train.py --cfg job'."

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 from train import check_command_line
 
 README = (ROOT / "README.md").read_text()
-DEFAULT_RUN = ROOT / "benchmarks" / "results" / "default_run.json"
+DEFAULT_RUN = ROOT / "docs" / "default-run" / "metrics.json"
 
 
 def default_run_table() -> str:

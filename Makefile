@@ -42,6 +42,7 @@ bench: $(STAMP) ## Measure every claim of speed and precision on this machine (1
 	$(BIN)/python -m benchmarks.contexts --output $(OUTPUT)
 	$(BIN)/python -m benchmarks.phase2 --repeats 2 --output $(OUTPUT)
 	$(BIN)/python -m benchmarks.allocator --output $(OUTPUT)
+	$(BIN)/python -m benchmarks.compile --output $(OUTPUT)
 	$(BIN)/python -m benchmarks.precision --epochs 1 --output $(OUTPUT)
 	$(BIN)/python -m benchmarks.time_to_quality --budget 240 --output $(OUTPUT)
 

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -11,11 +12,12 @@ from ctxkv_lightning.datamodule import WindowLoader
 from ctxkv_lightning.run.machine import keep_freed_memory
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures and reports."""
     options = parse(parser(__doc__), argv)
     sizes, vocabularies, rounds = (QUICK, (50,), 1) if options.quick else (FULL, (8192, 50257), 3)
-    result, rows = {}, [("V", "without, s", "with, s", "without / with")]
+    result: dict[str, Any] = {}
+    rows = [("V", "without, s", "with, s", "without / with")]
     for V in vocabularies:
         # Alternating processes: a slow stretch of the machine hits both.
         times = [[in_fresh_process(step_seconds, kept, V, sizes) for kept in (False, True)] for _ in range(rounds)]
@@ -24,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result[str(V)] = {"seconds": times, "without": without, "with": kept, "ratio": ratio}
         rows.append((f"{V:,}", f"{without:.3f}", f"{kept:.3f}", f"{ratio:.3f} ×"))
     save("allocator", result, rows, options)
+    return result
 
 
 def step_seconds(kept: bool, V: int, sizes: Sizes) -> float:

@@ -29,7 +29,13 @@ from ctxkv_lightning.lm.module import MONITOR, ContextKVLMModule
 from ctxkv_lightning.report.page import summary_table, write_report
 from ctxkv_lightning.run.callbacks import History, Stages, announcing, log, logging_to
 from ctxkv_lightning.run.folder import RunFolder
-from ctxkv_lightning.run.machine import describe_machine, describe_versions, keep_freed_memory, resolve_precision
+from ctxkv_lightning.run.machine import (
+    compile_pays,
+    describe_machine,
+    describe_versions,
+    keep_freed_memory,
+    resolve_precision,
+)
 from ctxkv_lightning.store import Store, create_array, get_or_build
 from ctxkv_lightning.text import embedding, ngram, tokenizer
 from ctxkv_lightning.text.corpus import Corpus, Document, read_files, read_pydocs, split
@@ -234,15 +240,18 @@ def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: i
         run.checkpoints, filename="best", monitor=MONITOR, mode="min", save_last=True, enable_version_counter=False
     )
     data.setup("fit")
+    steps = len(data.train_dataloader())
     trainer = build_trainer(
         config,
         run,
         "train",
-        steps=len(data.train_dataloader()),
+        steps=steps,
         precision=resolve_precision(config.trainer.precision, config.trainer.accelerator),
         max_epochs=config.train.max_epochs,
         callbacks=[history, patience, best],
     )
+    if compile_pays(config.train.compile, config.trainer.accelerator, steps * config.train.max_epochs):
+        module.model.compile()
     trainer.fit(module, datamodule=data)
     trainer.logger = None  # the phase's metrics.csv ends with its last epoch
     scores: dict[str, float] = {}

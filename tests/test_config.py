@@ -16,7 +16,7 @@ pretrain.max_iterations pretrain.lr pretrain.clip_norm pretrain.batch_tokens pre
 pretrain.move_threshold pretrain.target_rate pretrain.plateau_rate
 contexts.tolerance contexts.dtype
 model.name model.dropout model.ffn_dim
-train.lr train.weight_decay train.batch_tokens train.max_epochs train.patience
+train.lr train.weight_decay train.batch_tokens train.max_epochs train.compile train.patience
 trainer.accelerator trainer.devices trainer.num_nodes trainer.strategy trainer.precision trainer.enable_progress_bar
 """.split()
 

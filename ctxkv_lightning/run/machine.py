@@ -8,6 +8,8 @@ import torch
 
 PACKAGES = ("ctxkv-lightning", "torch", "lightning", "hydra-core", "omegaconf", "torchmetrics", "tiktoken", "numpy")
 
+COMPILE_PAYS = 30_000
+
 
 def resolve_precision(asked: str, accelerator: str) -> str:
     """Lightning's precision flag: `auto` becomes bf16-mixed where the processor multiplies bf16, else 32-true."""
@@ -18,6 +20,16 @@ def resolve_precision(asked: str, accelerator: str) -> str:
     if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available() and cpu_multiplies_bf16():
         return "bf16-mixed"
     return "32-true"
+
+
+def compile_pays(asked: str, accelerator: str, steps: int) -> bool:
+    """Whether to compile the model for a run of so many steps; `auto` decides, `on` and `off` are obeyed.
+
+    On a CPU the compiled step is slower than the eager one (benchmarks/compile.py). On a GPU compiling takes about a
+    minute and can save a few milliseconds a step, so only runs of `COMPILE_PAYS` steps earn it back.
+    """
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return asked == "on" or (asked == "auto" and on_gpu and steps >= COMPILE_PAYS)
 
 
 def keep_freed_memory() -> None:

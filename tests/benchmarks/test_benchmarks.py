@@ -9,7 +9,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks import attention, contexts, gpu, harness, phase2, precision, published, scale, time_to_quality, workload
+from benchmarks import (
+    allocator,
+    attention,
+    compile,
+    contexts,
+    gpu,
+    harness,
+    phase2,
+    precision,
+    published,
+    scale,
+    time_to_quality,
+    workload,
+)
 from benchmarks.published import PublishedLM, Split, published_contexts
 from benchmarks.workload import QUICK
 from ctxkv_lightning.context.encoder import ContextEncoder
@@ -149,7 +162,9 @@ def test_it_runs(script, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "script", [phase2, scale, precision, time_to_quality, published], ids=lambda module: module.__name__
+    "script",
+    [allocator, compile, phase2, scale, precision, time_to_quality, published],
+    ids=lambda module: module.__name__,
 )
 def test_it_runs_too(script, tmp_path):
     check_script(script, tmp_path)

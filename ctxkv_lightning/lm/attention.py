@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+SMALLEST_BLOCK = 32
+"""Queries in a block, at least, where there are so many: fewer would make the products small."""
+
 
 def strided_attention(
     query: Tensor, key: Tensor, value: Tensor, interval: int, max_contexts: int, first: Tensor | None = None
@@ -30,24 +33,22 @@ def strided_attention(
     G = -(-(S + T) // interval)  # positions per residue class, queries and keys
     Q = G - S // interval
     tail = G * interval - S - T
-    folded_query = _fold(F.pad(query, (0, 0, head, tail)), interval)
-    blocks = -(-Q // max_contexts)
-    size = -(-Q // blocks)
-    before = max_contexts - 1
-    # Keys of block j: the `size` positions of its queries and the M-1 before them.
-    lead, extra = before - (G - Q), blocks * size - Q
+    blocks = max(1, Q // max(max_contexts, SMALLEST_BLOCK))
+    size, before = -(-Q // blocks), max_contexts - 1
+    first_row = G - Q - before  # of the keys of the first block; negative where keys do not exist
+    extra = blocks * size - Q
+    queries = F.pad(_fold(F.pad(query, (0, 0, head, tail)), interval), (0, 0, 0, extra))
+    queries = queries.reshape(B, H, interval, blocks, size, d)
     keys, values = (
-        _blocks(_pad_front(_fold(F.pad(x, (0, 0, 0, tail)), interval), lead, extra), size + before, size)
+        _windows(F.pad(_fold(F.pad(x, (0, 0, 0, tail)), interval), (0, 0, -first_row, extra)), blocks, size, before)
         for x in (key, value)
     )
-    queries = F.pad(folded_query, (0, 0, 0, extra)).reshape(B, H, interval, blocks, size, d)
-    mask = _band_mask(size, max_contexts, blocks, G - Q, interval, query.device)
+    mask = _band_mask(size, max_contexts, blocks, first_row, query.device)
     if first is not None:
-        mask = mask & _exists(first, keys.shape[-2], blocks, size, G - Q - before, interval)
+        mask = mask & _exists(first, size + before, blocks, size, first_row, interval)
     mixed = _dense_blocks(queries, keys, values, mask)
-    unfolded = (
-        mixed.reshape(B, H, interval, blocks * size, d)[..., :Q, :].transpose(2, 3).reshape(B, H, Q * interval, d)
-    )
+    rows = mixed.reshape(B, H, interval, blocks * size, d)[..., :Q, :]
+    unfolded = rows.transpose(2, 3).reshape(B, H, Q * interval, d)
     return unfolded[:, :, head : head + T]
 
 
@@ -57,34 +58,36 @@ def _fold(x: Tensor, interval: int) -> Tensor:
     return x.view(B, H, length // interval, interval, d).transpose(2, 3)
 
 
-def _pad_front(x: Tensor, front: int, back: int) -> Tensor:
-    """Zeros before (or, if `front` is negative, rows cut off) and after, along the position axis."""
-    return F.pad(x, (0, 0, front, back))
+def _windows(x: Tensor, blocks: int, size: int, before: int) -> Tensor:
+    """(B, H, I, before + blocks·size, d) -> (B, H, I, blocks, before + size, d): each block and the rows before it.
+
+    Put together from slices (before ≤ size where there are several blocks): the gradient of `unfold` is slow.
+    """
+    body = x[..., before:, :].unflatten(-2, (blocks, size))
+    ahead = x[..., None, :before, :]
+    if blocks > 1:
+        ahead = torch.cat([ahead, body[..., :-1, size - before :, :]], dim=-3)
+    return torch.cat([ahead, body], dim=-2)
 
 
-def _blocks(x: Tensor, size: int, step: int) -> Tensor:
-    """(B, H, I, G, d) -> (B, H, I, blocks, size, d): overlapping windows along the position axis."""
-    return x.unfold(3, size, step).transpose(-1, -2)
-
-
-def _band_mask(size: int, M: int, blocks: int, offset: int, interval: int, device: torch.device) -> Tensor:
+def _band_mask(size: int, M: int, blocks: int, first_row: int, device: torch.device) -> Tensor:
     """True where a slot exists: (1, 1, 1, blocks, size, size+M-1), of queries and keys inside a block.
 
-    Key k of a block is read by query i when i ≤ k ≤ i+M-1; its position in the residue class is
-    offset - (M-1) + block·size + k, and must not be negative.
+    Key k of a block is read by query i when i ≤ k ≤ i+M-1; its row in the residue class is
+    first_row + block·size + k, and must not be negative.
     """
     i = torch.arange(size, device=device)[:, None]
     k = torch.arange(size + M - 1, device=device)
-    position = offset - (M - 1) + torch.arange(blocks, device=device)[:, None, None] * size + k
-    band = (k >= i) & (k <= i + M - 1) & (position >= 0)
+    row = first_row + torch.arange(blocks, device=device)[:, None, None] * size + k
+    band = (k >= i) & (k <= i + M - 1) & (row >= 0)
     return band[None, None, None]
 
 
-def _exists(first: Tensor, keys: int, blocks: int, size: int, offset: int, interval: int) -> Tensor:
+def _exists(first: Tensor, keys: int, blocks: int, size: int, first_row: int, interval: int) -> Tensor:
     """True where a key is not before its row's first one: (B, 1, I, blocks, 1, keys)."""
     device = first.device
     k = torch.arange(keys, device=device)
-    row = offset + torch.arange(blocks, device=device)[:, None] * size + k
+    row = first_row + torch.arange(blocks, device=device)[:, None] * size + k
     residue = torch.arange(interval, device=device)[:, None, None]
     position = row * interval + residue
     return (position >= first.view(-1, 1, 1, 1))[:, None, :, :, None]
@@ -96,10 +99,11 @@ def _dense_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Te
         scores = query @ key.transpose(-1, -2) * (1 / math.sqrt(query.shape[-1]))
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         return torch.softmax(scores, dim=-1).to(value.dtype) @ value
-    shape = query.shape
-    query, key, value = (x.reshape(1, -1, *x.shape[-2:]) for x in (query, key, value))
-    mask = mask.expand(*shape[:4], *mask.shape[-2:]).reshape(1, -1, *mask.shape[-2:])
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).view(shape)
+    outer = query.shape[:3]
+    # What holds for every row and residue is left for the kernel to broadcast.
+    mask = mask[0, 0] if mask.shape[:3] == (1, 1, 1) else mask.expand(*outer, *mask.shape[3:]).flatten(0, 2)
+    query, key, value = (x.flatten(0, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).unflatten(0, outer)
 
 
 def uses_plain_products(query: Tensor) -> bool:

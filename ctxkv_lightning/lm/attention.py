@@ -37,12 +37,8 @@ def strided_attention(
     size, before = -(-Q // blocks), max_contexts - 1
     first_row = G - Q - before  # of the keys of the first block; negative where keys do not exist
     extra = blocks * size - Q
-    queries = F.pad(_fold(F.pad(query, (0, 0, head, tail)), interval), (0, 0, 0, extra))
-    queries = queries.reshape(B, H, interval, blocks, size, d)
-    keys, values = (
-        _windows(F.pad(_fold(F.pad(x, (0, 0, 0, tail)), interval), (0, 0, -first_row, extra)), blocks, size, before)
-        for x in (key, value)
-    )
+    queries = _pad(_fold(query, head, tail, interval), 0, extra).reshape(B, H, interval, blocks, size, d)
+    keys, values = (_windows(_fold(x, 0, tail, interval), first_row, before, blocks, size, extra) for x in (key, value))
     mask = _band_mask(size, max_contexts, blocks, first_row, query.device)
     if first is not None:
         mask = mask & _exists(first, size + before, blocks, size, first_row, interval)
@@ -52,19 +48,24 @@ def strided_attention(
     return unfolded[:, :, head : head + T]
 
 
-def _fold(x: Tensor, interval: int) -> Tensor:
-    """(B, H, G·I, d) -> (B, H, I, G, d): position g·I + r becomes row g of residue r."""
-    B, H, length, d = x.shape
-    return x.view(B, H, length // interval, interval, d).transpose(2, 3)
+def _fold(x: Tensor, head: int, tail: int, interval: int) -> Tensor:
+    """(B, H, T, d), padded to a multiple of I, -> (B, H, I, G, d): position g·I + r becomes row g of residue r."""
+    return _pad(x, head, tail).unflatten(-2, (-1, interval)).transpose(2, 3)
 
 
-def _windows(x: Tensor, blocks: int, size: int, before: int) -> Tensor:
-    """(B, H, I, before + blocks·size, d) -> (B, H, I, blocks, before + size, d): each block and the rows before it.
+def _pad(x: Tensor, front: int, back: int) -> Tensor:
+    """Zeros before and after along the position axis; no copy where there are none."""
+    return F.pad(x, (0, 0, front, back)) if front or back else x
 
-    Put together from slices (before ≤ size where there are several blocks): the gradient of `unfold` is slow.
+
+def _windows(x: Tensor, first_row: int, before: int, blocks: int, size: int, extra: int) -> Tensor:
+    """(B, H, I, G, d) -> (B, H, I, blocks, before + size, d): each block of keys and the rows before it.
+
+    The first window begins at row `first_row`, zeros where that is negative. Put together from slices (before ≤ size
+    where there are several blocks): the gradient of `unfold` is slow.
     """
-    body = x[..., before:, :].unflatten(-2, (blocks, size))
-    ahead = x[..., None, :before, :]
+    body = _pad(x[..., first_row + before :, :], 0, extra).unflatten(-2, (blocks, size))
+    ahead = _pad(x[..., max(first_row, 0) : first_row + before, :], max(-first_row, 0), 0)[..., None, :, :]
     if blocks > 1:
         ahead = torch.cat([ahead, body[..., :-1, size - before :, :]], dim=-3)
     return torch.cat([ahead, body], dim=-2)

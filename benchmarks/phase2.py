@@ -6,15 +6,27 @@ first step: libraries, weights, stores mapped and read through.
 """
 
 import gc
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from benchmarks.harness import AnonymousPeak, in_fresh_process, pairs, parse, parser, peak_bytes, save, spread
+from benchmarks.harness import (
+    AnonymousPeak,
+    in_fresh_process,
+    pairs,
+    parse,
+    parser,
+    peak_bytes,
+    save,
+    seconds_of,
+    spread,
+)
 from benchmarks.published import PublishedLM, Split
 from benchmarks.workload import (
     FULL,
@@ -38,28 +50,57 @@ STEPS = 4
 
 
 def speed(V: int, sizes: Sizes, repeats: int) -> dict[str, Any]:
-    """Training tokens per second of ours and of the published method, and ours as a share of the bare products."""
-    keep_freed_memory()  # as a run does; the published method gets it too
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    table = random_table(V, sizes.D)
-    stream = random_stream(STEPS * sizes.step + 1, table, sizes.C)
-    loader = WindowLoader(stream, sizes.history, sizes.step, seed=42)
-    ours = our_step(our_model(table, sizes).to(device), endless(loader), device)
-    split = Split(*(x.to(device) for x in Split.of(stream)))
-    model = PublishedLM(table, sizes.C, sizes.heads, sizes.interval, sizes.max_contexts, sizes.ffn).to(device)
-    against = pairs(published_step(model, split, sizes.step), ours, repeats)
-    del model, split
-    gc.collect()
-    bound = pairs(product_chain(V, sizes, device), ours, repeats)
+    """Training tokens per second of ours and of the published method, and ours as a share of the bare products.
+
+    The two methods run by turns in processes of their own, each with the allocator it would have.
+    """
+    rounds = [
+        [in_fresh_process(step_seconds, method, V, sizes) for method in ("published", "ours")] for _ in range(repeats)
+    ]
+    seconds = dict(zip(("published", "ours"), zip(*rounds, strict=True), strict=True))
+    ratios = [published / ours for published, ours in rounds]
+    bound = in_fresh_process(against_products, V, sizes, 2 * repeats)
     return {
         "positions": sizes.step,
-        "compute_type": str(compute_type(device)).removeprefix("torch."),
-        "device": device.type,
-        "published": {**against, "tokens_per_second": sizes.step / against["baseline"]["median"]},
-        "tokens_per_second": sizes.step / against["ours"]["median"],
+        "compute_type": str(compute_type(_device())).removeprefix("torch."),
+        "device": _device().type,
+        "seconds": seconds,
+        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "tokens_per_second": {name: sizes.step / statistics.median(times) for name, times in seconds.items()},
         "chain": {**bound, "tokens_per_second": sizes.step / bound["baseline"]["median"]},
         "percent_of_chain": {name: 100 * value for name, value in bound["ratio"].items()},
     }
+
+
+def step_seconds(method: str, V: int, sizes: Sizes) -> float:
+    """Median seconds of a training step of `ours` or of `published`; to be called in a fresh process."""
+    device, table = _device(), random_table(V, sizes.D)
+    stream = random_stream(STEPS * sizes.step + 1, table, sizes.C)
+    if method == "ours":
+        keep_freed_memory()  # as a run does
+        step, steps = _our_step(table, stream, sizes), 4
+    else:
+        model = PublishedLM(table, sizes.C, sizes.heads, sizes.interval, sizes.max_contexts, sizes.ffn).to(device)
+        step, steps = published_step(model, Split(*(x.to(device) for x in Split.of(stream))), sizes.step), 1
+    step()
+    return statistics.median(seconds_of(step) for _ in range(steps))
+
+
+def against_products(V: int, sizes: Sizes, repeats: int) -> dict[str, Any]:
+    """Our step and the bare chain of its products, in pairs; to be called in a fresh process."""
+    keep_freed_memory()
+    table = random_table(V, sizes.D)
+    stream = random_stream(STEPS * sizes.step + 1, table, sizes.C)
+    return pairs(product_chain(V, sizes, _device()), _our_step(table, stream, sizes), repeats)
+
+
+def _our_step(table: Tensor, stream: Stream, sizes: Sizes) -> Callable[[], int]:
+    loader = WindowLoader(stream, sizes.history, sizes.step, seed=42)
+    return our_step(our_model(table, sizes).to(_device()), endless(loader), _device())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def peak_memory(V: int, sizes: Sizes, steps: int) -> dict[str, float]:
@@ -110,7 +151,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     result: dict[str, Any] = {"memory": {"vocabulary": max(vocabularies), **memory}, "speed": {}}
     for V in vocabularies:
         result["speed"][str(V)] = speed(V, sizes, repeats)
-        gc.collect()
     save("phase2", result, _rows(result), options)
     return result
 
@@ -118,9 +158,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def _rows(result: dict[str, Any]) -> list[list[str]]:
     rows = [["V", "published, tokens/s", "ours, tokens/s", "ratio", "bare products, tokens/s", "% of them"]]
     for V, row in result["speed"].items():
-        rates = [f"{x:,.0f}" for x in (row["published"]["tokens_per_second"], row["tokens_per_second"])]
+        rates = [f"{row['tokens_per_second'][method]:,.0f}" for method in ("published", "ours")]
         chain = f"{row['chain']['tokens_per_second']:,.0f}"
-        rows.append([V, *rates, spread(row["published"]["ratio"]), chain, f"{row['percent_of_chain']['median']:.0f}"])
+        rows.append([V, *rates, spread(row["ratio"]), chain, f"{row['percent_of_chain']['median']:.0f}"])
     memory = result["memory"]
     beyond = f"{memory['beyond_gb']:.2f} GB beyond"
     return [*rows, [f"memory, V={memory['vocabulary']}", "", beyond, "", f"{memory['peak_gb']:.2f} GB in all", ""]]

@@ -25,8 +25,8 @@ def resolve_precision(asked: str, accelerator: str) -> str:
 def compile_pays(asked: str, accelerator: str, steps: int) -> bool:
     """Whether to compile the model for a run of so many steps; `auto` decides, `on` and `off` are obeyed.
 
-    On a CPU the compiled step is slower than the eager one (benchmarks/compile.py). On a GPU compiling takes about a
-    minute and can save a few milliseconds a step, so only runs of `COMPILE_PAYS` steps earn it back.
+    On a CPU the compiled step is no faster than the eager one (benchmarks/compile.py). On a GPU compiling takes about
+    a minute and is expected to save a millisecond or two a step: runs of `COMPILE_PAYS` steps would earn it back.
     """
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return asked == "on" or (asked == "auto" and on_gpu and steps >= COMPILE_PAYS)
@@ -35,8 +35,8 @@ def compile_pays(asked: str, accelerator: str, steps: int) -> bool:
 def keep_freed_memory() -> None:
     """Makes glibc keep large freed blocks for the next step.
 
-    It would else return each to the system, which zeroes it anew: 5 to 15 % of a training step on a CPU
-    (benchmarks/allocator.py). Nothing happens where the C library is another.
+    It would else return each to the system, which zeroes it anew: a good part of a training step on a CPU
+    (benchmarks/allocator.py measures it). Nothing happens where the C library is another.
     """
     if platform.libc_ver()[0] != "glibc":
         return

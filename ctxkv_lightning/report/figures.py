@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 INK, GREY, BLUE, ORANGE = "#222222", "#767676", "#0072B2", "#D55E00"  # Okabe and Ito: safe for colour-blind readers
 
-STYLE = {
+STYLE: Any = {
     "font.size": 11.0,
     "text.color": INK,
     "axes.edgecolor": GREY,
@@ -51,7 +51,7 @@ def draw_all(metrics: dict[str, Any], folder: Path) -> list[Path]:
     drawn = []
     for name, draw in FIGURES.items():
         path = folder / f"{name}.png"
-        with rc_context(STYLE):  # type: ignore[arg-type]
+        with rc_context(STYLE):
             figure = draw(metrics)
             if figure is None:
                 path.unlink(missing_ok=True)

@@ -78,7 +78,9 @@ def prepare(config: Config, folder: Path) -> Prepared:
     return Prepared(config, run, data, text.vocab_size, stages.seconds)
 
 
-def our_run(prepared: Prepared, precision: str, max_epochs: int, target: float | None = None) -> dict[str, Any]:
+def our_run(
+    prepared: Prepared, precision: str, max_epochs: int, target: float | None = None, label: str = ""
+) -> dict[str, Any]:
     """Our Phase 2, with Lightning, logger and checkpoints; ends early once the validation PPL is below `target`."""
     config, data = prepared.config, prepared.data
     started = time.perf_counter()
@@ -86,11 +88,13 @@ def our_run(prepared: Prepared, precision: str, max_epochs: int, target: float |
     columns = {"train_ppl": "train/ppl", "val_ppl": MONITOR, "val_accuracy": "val/accuracy"}
     history = History(columns, data.train_tokens - 1)
     stop = EarlyStopping(MONITOR, mode="min", patience=config.train.patience, stopping_threshold=target)
-    best = ModelCheckpoint(prepared.run.checkpoints / precision, filename="best", monitor=MONITOR, mode="min")
+    best = ModelCheckpoint(
+        prepared.run.checkpoints / (label or precision), filename="best", monitor=MONITOR, mode="min"
+    )
     trainer = pipeline.build_trainer(
         config,
         prepared.run,
-        f"train-{precision}",
+        f"train-{label or precision}",
         steps=len(data.train_dataloader()),
         precision=precision,
         max_epochs=max_epochs,

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         prepared.data.use_encoder(str(prepared.data.encoder_folder))
         prepared.data.prepare_data()
         prepared.data.setup("fit")
-        runs["bf16-mixed, bf16 contexts"] = our_run(prepared, "bf16-mixed", epochs)
+        runs["bf16-mixed, bf16 contexts"] = our_run(prepared, "bf16-mixed", epochs, label="bf16-contexts")
     result = compare(runs)
     rows = [["run", "val PPL by epoch", "difference from fp32, %"]]
     for name, run in runs.items():

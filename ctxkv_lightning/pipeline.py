@@ -17,7 +17,7 @@ import lightning as L
 import numpy as np
 import torch
 import yaml
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 
@@ -27,7 +27,7 @@ from ctxkv_lightning.datamodule import SPLITS, ContextDataModule
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import MONITOR, ContextKVLMModule
 from ctxkv_lightning.report.page import summary_table, write_report
-from ctxkv_lightning.run.callbacks import History, Stages, announcing, log, logging_to
+from ctxkv_lightning.run.callbacks import History, ProgressBar, Stages, announcing, log, logging_to
 from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.run.machine import (
     compile_pays,
@@ -293,7 +293,7 @@ def build_trainer(
         enable_model_summary=False,
         enable_progress_bar=visible,
         # Reading a metric to show it makes the host wait for a GPU, whose steps take milliseconds.
-        callbacks=[*callbacks, *([RichProgressBar(10 if torch.cuda.is_available() else 1)] if visible else [])],
+        callbacks=[*callbacks, *([ProgressBar(10 if torch.cuda.is_available() else 1)] if visible else [])],
     )
 
 

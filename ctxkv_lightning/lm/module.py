@@ -99,7 +99,7 @@ class ContextKVLMModule(L.LightningModule):
         self.val_ppl.update(nll)
         self.val_accuracy.update(hits)
         self.log(MONITOR, self.val_ppl, on_epoch=True, prog_bar=True)
-        self.log("val/accuracy", self.val_accuracy, on_epoch=True, prog_bar=True)
+        self.log("val/accuracy", self.val_accuracy, on_epoch=True)
 
     def on_validation_epoch_end(self) -> None:
         perplexity = self.val_ppl.compute()

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 
 log = logging.getLogger("ctxkv_lightning")
 
@@ -48,6 +49,14 @@ def logging_to(file: Path) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         handler.close()
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's, without the logger's version: a run is known by its folder, and the line has to hold the PPL."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name: value for name, value in metrics.items() if name != "v_num"}
 
 
 class History(Callback):

@@ -36,6 +36,8 @@ PIECE = 1 << 20
 
 def measure(N: int, V: int, sizes: Sizes, steps: int, scratch: str | None) -> dict[str, Any]:
     """Build and training of a stream of N tokens; to be called in a fresh process."""
+    if scratch is not None:
+        Path(scratch).mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="ctxkv-benchmark-", dir=scratch) as folder:
         data = _data(Path(folder), N, V, sizes)
         started = time.perf_counter()

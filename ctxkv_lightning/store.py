@@ -121,6 +121,7 @@ def get_or_build(
 def _lock(path: Path) -> FileLock:
     """The lock of one store, held if it could be had within the time limit."""
     lock = FileLock(path.parent / f".{path.name}.lock")
+    # Without a lock, or on a file system that has none (which filelock reports so), two builders do the work twice.
     with suppress(Timeout, NotImplementedError):
         lock.acquire(timeout=LOCK_SECONDS)
     return lock

@@ -28,7 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ctxkv_lightning.config import Config, check_choice, check_key, expected, from_composed
+from ctxkv_lightning.config import Config, check_choice, check_key, expected, from_composed, plain_options
 from ctxkv_lightning.errors import EXIT_CODE, UserError
 
 CONF = Path(__file__).parent / "conf"
@@ -36,6 +36,8 @@ _standing: set[Path] = set()  # the run folder's ancestors that were there befor
 _failed_sweeps: set[Path] = set()
 
 ConfigStore.instance().store(name="schema", node=Config)
+for group, option in plain_options():  # those that need more than a name are files below conf/
+    ConfigStore.instance().store(group=group, name=next(iter(option.values())), node=option)
 OmegaConf.register_new_resolver("run_id", lambda: secrets.token_hex(3), use_cache=True)
 
 

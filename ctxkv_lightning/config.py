@@ -4,10 +4,12 @@ YAML under `conf/` states choices, never defaults that already stand here; what 
 (vocabulary size, token counts) is in neither. Only the front files import this module.
 """
 
+import copy
 import dataclasses
 import difflib
 import math
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,9 +40,17 @@ def choice(*allowed: str) -> Any:
 class DataConfig:
     """Where the text comes from."""
 
-    source: str = choice("pydocs", "text")
+    source: str = choice("pydocs", "text", "jsonl", "hub")
     files: list[str] = field(default_factory=list)
-    """Globs of .txt, .md and .jsonl files, for `source: text`."""
+    """Globs of .txt, .md and .jsonl files, for `source: text`; of .jsonl files, for `source: jsonl`."""
+    dataset: str = "HuggingFaceH4/ultrachat_200k"
+    """For `source: hub`: the data set, of records with `messages` or `text`."""
+    split: str = "train_sft"
+    """For `source: hub`: its split."""
+    validation: list[int] = field(default_factory=lambda: [50_000, 50_020])
+    """For `source: hub` and `jsonl`: the records that validate, as [first, end)."""
+    test: list[int] = field(default_factory=lambda: [50_020, 50_040])
+    """For `source: hub` and `jsonl`: the records that test, as [first, end)."""
     errors: str = choice("strict", "replace", "ignore")
     """What to do with bytes that are not UTF-8, as in `bytes.decode`."""
     heldout_bytes: int = number(100_000, at_least=2)
@@ -62,7 +72,9 @@ class TokenizerConfig:
 class EmbeddingConfig:
     """The frozen table E (V, D)."""
 
-    source: str = choice("svd", "random")
+    source: str = choice("svd", "random", "gpt2")
+    file: str | None = None
+    """For `source: gpt2`: a safetensors file that holds `wte.weight`; null: the one on the hub."""
     dim: int = number(768, at_least=1)
     window: int = number(4, at_least=1)
     """For `source: svd`: tokens on each side that count as co-occurring."""
@@ -101,7 +113,10 @@ class ContextsConfig:
 class ModelConfig:
     """What Phase 2 trains."""
 
-    name: str = choice("context_kv")
+    name: str = choice("context_kv", "cascade", "transformer", "sliding_window", "recurrence")
+    window_tokens: int | None = number(None, at_least=1)
+    """For `sliding_window`: tokens whose keys and values are kept; null: as many as fit into the bytes that
+    `context_kv` would keep with the same interval, max_contexts, selection and context_dim."""
     dropout: float = number(0.1, at_least=0, below=1)
     ffn_dim: int = number(3072, at_least=1)
 
@@ -135,12 +150,26 @@ class TrainerConfig:
     """null: a progress bar in a terminal, plain lines elsewhere."""
 
 
+_WINDOW = ("interval", "max_contexts", "selection")
+_PHASE_ONE = ("context_dim", "pretrain", "contexts")
+UNREAD = {
+    "context_kv": ("model.window_tokens",),
+    "cascade": (*_WINDOW, "heads", "model.window_tokens", "model.ffn_dim", "model.dropout"),
+    "transformer": (*_WINDOW, *_PHASE_ONE, "model.window_tokens"),
+    "sliding_window": (*_WINDOW, *_PHASE_ONE),
+    "recurrence": (*_WINDOW, "heads", "model.window_tokens"),
+}
+"""The keys that each model does not read."""
+
+
 @dataclass
 class Config:
     """The whole experiment."""
 
-    interval: int = number(20, at_least=1)
-    """I: tokens between the contexts that attention reads."""
+    interval: Any = 20
+    """I: tokens between the contexts that attention reads; a list gives each head its own."""
+    selection: str = choice("strided", "grid")
+    """Contexts at t, t-I, t-2I, …, or the current one and those at multiples of I."""
     heads: int = number(8, at_least=1)
     """H: attention heads."""
     max_contexts: int = number(32, at_least=1)
@@ -168,15 +197,60 @@ class Config:
         if found:
             raise UserError("; ".join(found) + ".")
 
+    @property
+    def intervals(self) -> tuple[int, ...]:
+        """The interval of each head (H,)."""
+        return tuple(self.interval) if isinstance(self.interval, list) else (self.interval,) * self.heads
+
+    @property
+    def kept_contexts(self) -> int:
+        """Contexts that a decoder of `context_kv` keeps."""
+        return self.max_contexts if self.selection == "grid" else (self.max_contexts - 1) * max(self.intervals) + 1
+
+    @property
+    def window_tokens(self) -> int:
+        """k of `sliding_window`: as asked for, or the tokens whose keys and values fit into `kept_contexts`."""
+        fitting = self.kept_contexts * self.context_dim // (2 * self.embedding.dim)
+        return self.model.window_tokens or max(1, fitting)
+
+    def effective(self) -> "Config":
+        """This configuration with whatever its model does not read at the default: equal ones are one experiment."""
+        plain, kept = Config(), copy.deepcopy(self)
+        kept.cache_dir, kept.embeddings = plain.cache_dir, plain.embeddings
+        kept.trainer.enable_progress_bar = None
+        if self.model.name == "sliding_window":
+            kept.model.window_tokens = self.window_tokens
+        for key in UNREAD[self.model.name]:
+            holder, _, name = key.rpartition(".")
+            target, default = (operator.attrgetter(holder)(c) if holder else c for c in (kept, plain))
+            setattr(target, name, getattr(default, name))
+        return kept
+
     def _contradictions(self) -> list[str]:
-        found = []
+        found = [*self._interval_problems()]
         if self.heads >= 1 and self.embedding.dim % self.heads:
             found.append(f"heads={self.heads} does not divide embedding.dim={self.embedding.dim}")
-        if self.data.source == "text" and not self.data.files:
-            found.append("data=text needs files, for example 'data.files=[notes/*.txt]'")
-        if self.data.source != "text" and self.data.files:
+        if self.data.source in ("text", "jsonl") and not self.data.files:
+            found.append(f"data={self.data.source} needs files, for example 'data.files=[notes/*.jsonl]'")
+        if self.data.source not in ("text", "jsonl") and self.data.files:
             found.append(f"data.files has no effect with data.source={self.data.source}, choose data=text")
+        for name in ("validation", "test"):
+            span = getattr(self.data, name)
+            if len(span) != 2 or not 0 <= span[0] < span[1]:
+                found.append(f"data.{name}={span} must be [first, end) with 0 <= first < end")
         return found
+
+    def _interval_problems(self) -> list[str]:
+        listed = self.interval if isinstance(self.interval, list) else [self.interval]
+        if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 1 for each in listed):
+            return [
+                f"interval={self.interval} must be a whole number, at least 1, or a list of them, one for each head"
+            ]
+        if isinstance(self.interval, list) and len(listed) != self.heads:
+            return [
+                f"interval={self.interval} lists {len(listed)} intervals for heads={self.heads}: give one for each head"
+            ]
+        return []
 
 
 def problems(config: Any, prefix: str = "") -> list[str]:
@@ -215,6 +289,15 @@ def keys(config: Any = None, prefix: str = "") -> list[str]:
     return found
 
 
+def plain_options() -> Iterator[tuple[str, dict[str, str]]]:
+    """Every option of a configuration group that only chooses a name, as group and content."""
+    for group, name in (("data", "source"), ("embedding", "source"), ("model", "name"), ("trainer", "accelerator")):
+        spec = next(spec for spec in dataclasses.fields(getattr(Config(), group)) if spec.name == name)
+        left_out = ("text", "jsonl", "hub") if group == "data" else ()
+        yield from ((group, {name: choice}) for choice in spec.metadata["choices"] if choice not in left_out)
+    yield "tokenizer", {"source": "bpe"}
+
+
 def check_key(key: str) -> None:
     """Raises UserError, naming the nearest keys, if the schema has no such key."""
     known = keys()
@@ -230,6 +313,8 @@ def check_key(key: str) -> None:
 
 def expected(key: str) -> str:
     """What a value of this key has to be, in words."""
+    if key == "interval":
+        return "a whole number or a list of them, one for each head"
     words = {int: "a whole number", float: "a number", str: "a text", list: "a list such as [a,b]"}
     default = operator.attrgetter(key)(Config())
     return words.get(type(default), "true, false or null") + (" or null for all" if key == "samples" else "")

@@ -3,19 +3,19 @@ from pathlib import Path
 
 import pytest
 
-from ctxkv_lightning.config import Config, check_key, keys
+from ctxkv_lightning.config import Config, check_key, keys, plain_options
 from ctxkv_lightning.errors import UserError
 from train import CONF, check_command_line
 
 KEYS = """
-interval heads max_contexts context_dim samples seed embeddings cache_dir
-data.source data.files data.errors data.heldout_bytes
+interval selection heads max_contexts context_dim samples seed embeddings cache_dir
+data.source data.files data.dataset data.split data.validation data.test data.errors data.heldout_bytes
 tokenizer.source tokenizer.vocab_size tokenizer.name
-embedding.source embedding.dim embedding.window
+embedding.source embedding.file embedding.dim embedding.window
 pretrain.max_iterations pretrain.lr pretrain.clip_norm pretrain.batch_tokens pretrain.noise pretrain.centroid_weight
 pretrain.move_threshold pretrain.target_rate pretrain.plateau_rate
 contexts.tolerance contexts.dtype
-model.name model.dropout model.ffn_dim
+model.name model.window_tokens model.dropout model.ffn_dim
 train.lr train.weight_decay train.batch_tokens train.max_epochs train.compile train.patience
 trainer.accelerator trainer.devices trainer.num_nodes trainer.strategy trainer.precision trainer.enable_progress_bar
 """.split()
@@ -67,12 +67,13 @@ def test_a_multirun_is_every_combination():
     assert [(t.interval, t.heads) for t in trials] == [(i, h) for i in (20, 50, 100) for h in (4, 8)]
 
 
-GROUPS = [f"{path.parent.name}={path.stem}" for path in sorted(Path(CONF).glob("*/*.yaml")) if path.stem != "text"]
+GROUPS = [f"{path.parent.name}={path.stem}" for path in sorted(Path(CONF).glob("*/*.yaml"))]
+GROUPS += [f"{group}={next(iter(option.values()))}" for group, option in plain_options()]
 
 
 @pytest.mark.parametrize("choice", GROUPS)
 def test_every_shipped_configuration_composes(choice):
-    check_command_line([choice])
+    assert check_command_line([choice, *(["data.files=[a.jsonl]"] if choice in ("data=text", "data=jsonl") else [])])
 
 
 def test_there_are_at_most_twenty_configuration_files():
@@ -94,13 +95,18 @@ def test_there_are_at_most_twenty_configuration_files():
         ("+data._target_=os.system", "no key 'data._target_'"),
         ("~interval", "would delete"),
         ("+interval=5", r"leave out the '\+'"),
-        ("interval=0", "interval=0 must be at least 1"),
-        ("interval=-3", "interval=-3 must be at least 1"),
-        ("interval=fifty", "interval: Value 'fifty'"),
-        ("interval=50.5", "interval: Value '50.5'"),
-        ("interval=true", "interval: Value 'True'"),
-        ("interval=null", "'interval' is not Optional"),
-        ("interval=", "interval: Value ''"),
+        ("interval=0", "interval=0 must be a whole number, at least 1"),
+        ("interval=-3", "interval=-3 must be a whole number, at least 1"),
+        ("interval=fifty", "interval=fifty must be a whole number"),
+        ("interval=50.5", "interval=50.5 must be a whole number"),
+        ("interval=true", "interval=True must be a whole number"),
+        ("interval=null", "interval=None must be a whole number"),
+        ("interval=", "interval= must be a whole number"),
+        ("interval=[1,5]", "lists 2 intervals for heads=8"),
+        ("interval=[]", "lists 0 intervals for heads=8"),
+        ("interval=[1,1,1,1,5,5,5,0]", "must be a whole number, at least 1"),
+        ("data.validation=[5,5]", r"first, end"),
+        ("data=jsonl", "data=jsonl needs files"),
         ("heads=7", "heads=7 does not divide embedding.dim=768"),
         ("heads=0", "heads=0 must be at least 1"),
         ("max_contexts=0", "max_contexts=0"),
@@ -114,7 +120,7 @@ def test_there_are_at_most_twenty_configuration_files():
         ("model.dropout=1", "model.dropout=1.0 must be below 1"),
         ("trainer.precision=fp8", "must be one of auto, 32-true, bf16-mixed, 16-mixed"),
         ("embeddings=token", "embeddings=token must be one of table, tokens"),
-        ("data=pydoc", r"did you mean pydocs\? The choices are pydocs, text"),
+        ("data=pydoc", r"did you mean pydocs\? The choices are jsonl, pydocs, text"),
         ("experiment=quik", r"did you mean quick\?"),
         ("model=null", "model=None does not exist"),
         ("data=text", "data=text needs files"),
@@ -158,3 +164,38 @@ def test_an_outputs_folder_that_is_a_file_is_refused(tmp_path):
                 check_command_line(arguments)
     finally:
         (tmp_path / "outputs").unlink()
+
+
+def test_an_interval_for_each_head():
+    (config,) = check_command_line(["interval=[1,1,5,5,20,20,80,80]", "max_contexts=16"])
+    assert config.intervals == (1, 1, 5, 5, 20, 20, 80, 80)
+    assert config.kept_contexts == 15 * 80 + 1
+    (plain,) = check_command_line(["heads=4"])
+    assert plain.intervals == (20,) * 4
+
+
+def test_bytes_kept_decide_the_sliding_window():
+    (config,) = check_command_line(["model=sliding_window"])
+    assert config.kept_contexts == 621
+    assert config.window_tokens == 621 * 256 // (2 * 768)
+    assert check_command_line(["model=sliding_window", "model.window_tokens=640"])[0].window_tokens == 640
+    assert check_command_line(["selection=grid"])[0].kept_contexts == 32
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("model=recurrence interval=50", "model=recurrence selection=grid heads=4", True),
+        ("model=cascade max_contexts=8", "model=cascade model.ffn_dim=64", True),
+        ("model=transformer context_dim=64", "model=transformer pretrain.lr=1", True),
+        ("model=sliding_window", "model=sliding_window model.window_tokens=103", True),
+        ("model=sliding_window", "model=sliding_window max_contexts=64", False),
+        ("model=context_kv cache_dir=a", "model=context_kv embeddings=tokens", True),
+        ("model=context_kv", "selection=grid", False),
+        ("model=transformer heads=4", "model=transformer", False),
+        ("seed=1", "seed=2", False),
+    ],
+)
+def test_configurations_are_one_experiment_when_they_differ_in_what_the_model_does_not_read(one, other, same):
+    (first,), (second,) = (check_command_line(words.split()) for words in (one, other))
+    assert (first.effective() == second.effective()) is same

@@ -53,7 +53,7 @@ def here(tmp_path):
         ("+x._target_=os.system +x.command=exit", "no key 'x._target_'"),
         ("-m interval=20,30 heads=7", "heads=7 does not divide"),
         ("name=a=b", "cannot be read"),
-        ("--cfg job interval=fifty", "give a whole number"),
+        ("--cfg job heads=fifty", "give a whole number"),
     ],
 )
 def test_a_mistake_is_a_sentence_and_leaves_nothing(here, arguments, message):
@@ -159,8 +159,8 @@ def test_a_bug_keeps_its_traceback_and_an_interrupt_has_none(here):
         ("data.files=x.txt", r"give a list such as \[a,b\]"),
         ("train={lrr:0.1}", "no key 'train'"),
         ("-m interval=range(3,3)", "no trial at all"),
-        ("-m experiment=glob(*) interval=-1", "interval=-1 must be at least 1"),
-        ("hydra.mode=MULTIRUN interval=20,-3", "interval=-3 must be at least 1"),
+        ("-m experiment=glob(*) interval=-1", "interval=-1 must be a whole number, at least 1"),
+        ("hydra.mode=MULTIRUN interval=20,-3", "interval=-3 must be a whole number, at least 1"),
         ("+hydra.callbacks.x._target_=webbrowser.open", "foreign code"),
     ],
 )
@@ -179,8 +179,8 @@ FOREIGN = "# @package _global_\n"
     ("text", "message"),
     [
         ("train:\n  lrr: 5", r"'experiment/mine': there is no key 'train.lrr': did you mean train.lr\?"),
-        ("interval: fifty", "'experiment/mine': interval: Value 'fifty'.*give a whole number"),
-        ("interval: -5", "interval=-5 must be at least 1"),
+        ("heads: fifty", "'experiment/mine': heads: Value 'fifty'.*give a whole number"),
+        ("interval: -5", "interval=-5 must be a whole number, at least 1"),
         ("cache_dir: ${oc.env:HOME}", "interpolation"),
         ("hydra:\n  callbacks:\n    x:\n      _target_: webbrowser.open", "foreign code"),
     ],

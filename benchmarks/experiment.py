@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from ctxkv_lightning.datamodule import ContextDataModule
 from ctxkv_lightning.lm.module import MONITOR
 from ctxkv_lightning.run.callbacks import History, Stages
 from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.run.trainer import make_trainer
 
 QUICK = Config(
     interval=5,
@@ -72,7 +73,7 @@ def prepare(config: Config, folder: Path) -> Prepared:
     with stages("pretrain"):
         encoder = pipeline.pretrain(config, run, data)
     with stages("contexts"):
-        data.use_encoder(str(encoder.path))
+        data.use_encoders([str(encoder.path)])
         data.prepare_data()
         data.setup("fit")
     return Prepared(config, run, data, text.vocab_size, stages.seconds)
@@ -91,8 +92,8 @@ def our_run(
     best = ModelCheckpoint(
         prepared.run.checkpoints / (label or precision), filename="best", monitor=MONITOR, mode="min"
     )
-    trainer = pipeline.build_trainer(
-        config,
+    trainer = make_trainer(
+        asdict(config.trainer),
         prepared.run,
         f"train-{label or precision}",
         steps=len(data.train_dataloader()),
@@ -106,7 +107,7 @@ def our_run(
 
 def published_run(prepared: Prepared, sweeps: int, budget: float, max_epochs: int) -> dict[str, Any]:
     """The published Phase 2 on the same data, table, encoder and seed, in fp32."""
-    config, streams, encoder = prepared.config, prepared.data.streams, prepared.data.encoder()
+    config, streams, encoder = prepared.config, prepared.data.streams, prepared.data.encoders()[0]
     started = time.perf_counter()
     splits = []
     for name in ("train", "validation"):
@@ -114,7 +115,7 @@ def published_run(prepared: Prepared, sweeps: int, budget: float, max_epochs: in
         splits.append(plain._replace(contexts=published_contexts(encoder, plain.embeddings, sweeps)))
     seconds = time.perf_counter() - started
     errors = [
-        float((split.contexts - streams[name].contexts).abs().max())
+        float((split.contexts - streams[name].contexts[0]).abs().max())
         for split, name in zip(splits, ("train", "validation"), strict=True)
     ]
     torch.manual_seed(config.seed)

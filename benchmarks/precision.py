@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with temporary_experiment(options.quick) as prepared:
         runs = {name: our_run(prepared, name, epochs) for name in ("32-true", "bf16-mixed")}
         prepared.data.hparams["contexts_dtype"] = "bfloat16"
-        prepared.data.use_encoder(str(prepared.data.encoder_folder))
+        prepared.data.use_encoders(prepared.data.encoder_folders)
         prepared.data.prepare_data()
         prepared.data.setup("fit")
         runs["bf16-mixed, bf16 contexts"] = our_run(prepared, "bf16-mixed", epochs, label="bf16-contexts")

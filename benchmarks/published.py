@@ -33,7 +33,7 @@ class Split(NamedTuple):
     @classmethod
     def of(cls, stream: Stream, contexts: Tensor | None = None) -> "Split":
         """A stored stream, copied out of its memory map; with other contexts, if given."""
-        own = stream.contexts.float().clone() if contexts is None else contexts
+        own = stream.contexts[0].float().clone() if contexts is None else contexts
         return cls(stream.tokens, stream.embeddings[stream.rows], own)
 
 

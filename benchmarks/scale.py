@@ -46,7 +46,7 @@ def measure(N: int, V: int, sizes: Sizes, steps: int, scratch: str | None) -> di
         built = time.perf_counter() - started
         with AnonymousPeak() as training:
             trained, positions = _train(data, sizes, steps)
-        stored = data.context_store().size("train")
+        stored = data.context_stores()[0].size("train")
     tokens = N + 2 * HELD_OUT
     return {
         "tokens": N,
@@ -98,10 +98,9 @@ def _data(root: Path, N: int, V: int, sizes: Sizes) -> ContextDataModule:
     return ContextDataModule(
         tokens=str(stores["tokens"].path),
         embedding=str(stores["table"].path),
-        encoder=str(stores["encoder"].path),
+        encoders=[str(stores["encoder"].path)],
         cache_dir=str(root),
-        interval=sizes.interval,
-        max_contexts=sizes.max_contexts,
+        history=sizes.history,
         batch_tokens=sizes.step,
     )
 

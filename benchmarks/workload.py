@@ -70,7 +70,7 @@ def random_stream(N: int, table: Tensor, C: int, seed: int = 42) -> Stream:
     """N Zipf ids over a raw table (V, D), with contexts (N, C) of noise."""
     tokens = torch.from_numpy(zipf_tokens(N, len(table), seed)).long()
     contexts = torch.randn(N, C, generator=torch.Generator().manual_seed(seed))
-    return Stream(tokens, F.layer_norm(table, table.shape[1:]), tokens, contexts)
+    return Stream(tokens, F.layer_norm(table, table.shape[1:]), tokens, (contexts,))
 
 
 def our_model(table: Tensor, sizes: Sizes) -> ContextKVLM:
@@ -101,7 +101,7 @@ def our_step(model: ContextKVLM, batches: Iterator[Windows], device: torch.devic
 
 def hidden_of(model: ContextKVLM, batch: Windows) -> Tensor:
     """Hidden states (n, D) of the positions that count, as `ContextKVLMModule` takes them."""
-    hidden = model(batch.embeddings, batch.contexts, batch.first).flatten(0, 1)
+    hidden = model(batch.embeddings, batch.memory, batch.first).flatten(0, 1)
     return hidden if batch.counted is None else hidden[batch.counted]
 
 

@@ -1,13 +1,13 @@
 """Stored tensors to batches, for both phases.
 
 Phase 1 reads contiguous runs of the training stream. Once there is an encoder, the contexts of all three
-streams are solved and stored, and Phase 2 reads *windows*: T positions with the S = (M-1)·I contexts before
+streams are solved and stored, and Phase 2 reads *windows*: T positions with the memory of the S positions before
 them. The contexts do not depend on interval, heads or max_contexts, so runs that differ
 only in those share one store. Everything is memory-mapped; nothing here is trained.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -45,8 +45,8 @@ class Windows(NamedTuple):
     targets: Tensor  # (n,), the token after each position that counts, row by row
     counted: Tensor | None  # (n,), which of the B·T positions count; None when all do
     embeddings: Tensor  # (B, T, D), normalised
-    contexts: Tensor  # (B, S+T, C)
-    first: Tensor | None  # (B,), index of a row's first existing context; None when all exist
+    memory: Tensor  # (B, S+T, C) contexts, of several encoders side by side, or (B, S+T, D) embeddings
+    first: Tensor | None  # (B,), index of a row's first existing position of memory; None when all exist
 
 
 class Stream(NamedTuple):
@@ -55,26 +55,36 @@ class Stream(NamedTuple):
     tokens: Tensor  # (N,)
     embeddings: Tensor  # (V, D) or (N, D)
     rows: Tensor  # (N,)
-    contexts: Tensor  # (N, C)
+    contexts: tuple[Tensor, ...]  # (N, C) of each encoder; none where the memory is the embeddings
+
+    def to(self, device: torch.device) -> "Stream":
+        tokens, embeddings, rows = (tensor.to(device) for tensor in self[:3])
+        return Stream(tokens, embeddings, rows, tuple(tensor.to(device) for tensor in self.contexts))
+
+    def bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self[:3], *self.contexts))
 
 
 class ContextDataModule(L.LightningDataModule):
-    """Batches for Phase 1 (no encoder yet) and Phase 2 (an encoder), from stores given by their folders.
+    """Batches for Phase 1 (memory contexts, no encoder yet) and Phase 2, from stores given by their folders.
 
-    `tokens` holds the arrays train, validation and test; `embedding` holds `table` (V, D); `encoder` the weights
-    of Phase 1. `embeddings="table"` stores the normalised table once, `"tokens"` a row per token: the same
-    numbers. `contexts_dtype` is what contexts are stored in; they are solved and read as fp32. `prepare_data`
-    builds what is missing, `setup` opens it, on the GPU if it fits.
+    `tokens` holds the arrays train, validation and test; `embedding` holds `table` (V, D); each of `encoders` the
+    weights of a Phase 1. `memory` says what stands for the `history` positions before a window and its own: the
+    contexts of all encoders, or the embeddings, which need no Phase 1. Windows begin at multiples of
+    `alignment`. `embeddings="table"` stores the normalised table once, `"tokens"` a row per token: the same numbers.
+    `contexts_dtype` is what contexts are stored in; they are solved and read as fp32. `prepare_data` builds what is
+    missing, `setup` opens it, on the GPU if it fits.
     """
 
     def __init__(
         self,
         tokens: str,
         embedding: str,
-        encoder: str | None = None,
+        encoders: list[str] | None = None,
+        memory: Literal["contexts", "embeddings"] = "contexts",
         cache_dir: str = "outputs/cache",
-        interval: int = 20,
-        max_contexts: int = 32,
+        history: int = 620,
+        alignment: int = 1,
         batch_tokens: int = 8880,
         pretrain_batch_tokens: int = 5000,
         embeddings: Literal["table", "tokens"] = "table",
@@ -84,7 +94,8 @@ class ContextDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.encoder_folder = encoder
+        self.encoder_folders = encoders or []
+        self.pretrain_rows = slice(None)
         self.token_store = Store.open(tokens)
         self.embedding_store = Store.open(embedding)
         self.streams: dict[str, Stream] = {}
@@ -99,33 +110,45 @@ class ContextDataModule(L.LightningDataModule):
         """The raw embedding table E (V, D), memory-mapped."""
         return torch.from_numpy(self.embedding_store.array("table"))
 
-    def encoder(self) -> ContextEncoder:
-        """The frozen encoder of Phase 1; only once there is one."""
-        assert self.encoder_folder is not None
-        return load_encoder(Store.open(self.encoder_folder))
+    @property
+    def pretrain_tokens(self) -> int:
+        """Tokens that Phase 1 reads."""
+        return len(range(*self.pretrain_rows.indices(self.train_tokens)))
 
-    def use_encoder(self, folder: str) -> None:
-        """Ends the first phase: from here on, batches are windows over this encoder's contexts."""
-        self.encoder_folder = folder
+    @property
+    def in_phase_one(self) -> bool:
+        """Whether batches are runs for Phase 1: contexts are asked for, and no encoder is there to make them."""
+        return self.hparams["memory"] == "contexts" and not self.encoder_folders
+
+    def encoders(self) -> list[ContextEncoder]:
+        """The frozen encoders of Phase 1; none before it, or where none is needed."""
+        return [load_encoder(Store.open(folder)) for folder in self.encoder_folders]
+
+    def pretrain_on(self, rows: slice) -> None:
+        """Phase 1 reads these rows of the training stream only."""
+        self.pretrain_rows = rows
+
+    def use_encoders(self, folders: Sequence[str]) -> None:
+        """Ends the first phase: from here on, batches are windows over the contexts of these encoders."""
+        self.encoder_folders = list(folders)
         self.streams = {}
 
     def prepare_data(self) -> None:
         self.normalised_store()
-        if self.encoder_folder is not None:
-            self.context_store()
+        self.context_stores()
 
     def setup(self, stage: str) -> None:
-        if self.encoder_folder is not None and not self.streams:
+        if not self.in_phase_one and not self.streams:
             self.streams = {split: self._stream(split) for split in SPLITS}
 
     def train_dataloader(self) -> "RunLoader | WindowLoader":
-        if self.encoder_folder is None:
-            tokens, table = self._tokens("train"), self._normalised_table()
+        if self.in_phase_one:
+            tokens, table = self._tokens("train")[self.pretrain_rows], self._normalised_table()
             return RunLoader(tokens, table, self.hparams["pretrain_batch_tokens"])
         return self._windows("train", shuffle=True)
 
     def val_dataloader(self) -> "WindowLoader | list[Any]":
-        return self._windows("validation") if self.encoder_folder is not None else []
+        return [] if self.in_phase_one else self._windows("validation")
 
     def test_dataloader(self) -> "WindowLoader":
         return self._windows("test")
@@ -148,10 +171,11 @@ class ContextDataModule(L.LightningDataModule):
 
         return get_or_build(self.hparams["cache_dir"], "embeddings", key, build)
 
-    def context_store(self) -> Store:
-        """Arrays train, validation and test (N, C), with the seam error in its facts."""
-        assert self.encoder_folder is not None
-        encoder_store = Store.open(self.encoder_folder)
+    def context_stores(self) -> list[Store]:
+        """Of each encoder: arrays train, validation and test (N, C), with the seam error in the facts."""
+        return [self._context_store(Store.open(folder)) for folder in self.encoder_folders]
+
+    def _context_store(self, encoder_store: Store) -> Store:
         key = {
             "encoder": encoder_store.content,
             "embedding": self.embedding_store.content,
@@ -173,15 +197,11 @@ class ContextDataModule(L.LightningDataModule):
         return get_or_build(self.hparams["cache_dir"], "contexts", key, build)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of the stored contexts by split, and of the embeddings in either way of storing them."""
+        """Bytes of the stored contexts and embeddings by split, and of the embeddings in either way of storing them."""
+        tokens = {split: len(self.token_store.array(split)) for split in SPLITS}
         V, D = self.table.shape
-        tokens = sum(len(self.token_store.array(split)) for split in SPLITS)
-        contexts = self.context_store()
-        return {
-            **{f"{'val' if split == 'validation' else split}_context": contexts.size(split) for split in SPLITS},
-            "as_table": V * D * 4,
-            "as_tokens": tokens * D * 4,
-        }
+        widths = [encoder.context_dim for encoder in self.encoders()]
+        return stored_bytes(tokens, V, D, sum(widths), 2 if self.hparams["contexts_dtype"] == "bfloat16" else 4)
 
     def _tokens(self, split: str) -> Tensor:
         return torch.from_numpy(self.token_store.array(split)).long()
@@ -195,7 +215,7 @@ class ContextDataModule(L.LightningDataModule):
             embeddings, rows = normalised.array(split), torch.arange(len(tokens))
         else:
             embeddings, rows = normalised.array("table"), tokens
-        contexts = self._as_contexts(self.context_store().array(split))
+        contexts = tuple(self._as_contexts(store.array(split)) for store in self.context_stores())
         return self._resident(Stream(tokens, torch.from_numpy(embeddings), rows, contexts))
 
     @property
@@ -211,18 +231,27 @@ class ContextDataModule(L.LightningDataModule):
         device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
         if device.type != "cuda" or not fits(stream, torch.cuda.mem_get_info(device)[0]):
             return stream
-        return Stream(*(tensor.to(device) for tensor in stream))
+        return stream.to(device)
 
     def _windows(self, split: str, shuffle: bool = False) -> "WindowLoader":
-        history = (self.hparams["max_contexts"] - 1) * self.hparams["interval"]
-        return WindowLoader(
-            self.streams[split], history, self.hparams["batch_tokens"], self.hparams["seed"] if shuffle else None
-        )
+        options = (self.hparams[name] for name in ("history", "batch_tokens", "alignment"))
+        return WindowLoader(self.streams[split], *options, seed=self.hparams["seed"] if shuffle else None)
 
 
 def fits(stream: Stream, free_bytes: int) -> bool:
     """Whether a stream may stay on a device with so many free bytes: it takes at most `RESIDENT_SHARE` of them."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in stream) <= RESIDENT_SHARE * free_bytes
+    return stream.bytes() <= RESIDENT_SHARE * free_bytes
+
+
+def stored_bytes(tokens: Mapping[str, int], V: int, D: int, C: int, context_bytes: int = 4) -> dict[str, int]:
+    """Bytes of contexts (N, C) and fp32 embeddings (N, D) by split of N `tokens`, and of the embeddings as a table."""
+    names = {"train": "train", "validation": "val", "test": "test"}
+    return {
+        **{f"{names[split]}_context": N * C * context_bytes for split, N in tokens.items()},
+        **{f"{names[split]}_embedding": N * D * 4 for split, N in tokens.items()},
+        "as_table": V * D * 4,
+        "as_tokens": sum(tokens.values()) * D * 4,
+    }
 
 
 class RunLoader:
@@ -243,16 +272,21 @@ class RunLoader:
 class WindowLoader:
     """Windows over one stream; every position that has a next token counts exactly once a pass.
 
-    All windows have the same length, as even as the stream allows: the last is moved back to end with the
-    stream, and what it shares with the one before it does not count. With a `seed`, the order of the
-    windows is drawn anew each pass, as a function of (seed, pass).
+    All windows have the same length, as even as the stream allows, and begin at multiples of `alignment`. The last
+    is moved back to end with the stream, or as soon after it as its alignment allows; what it shares with the one
+    before it, and what lies behind the stream, does not count. With a `seed`, the order of the windows is
+    drawn anew each pass, as a function of (seed, pass).
     """
 
-    def __init__(self, stream: Stream, history: int, batch_tokens: int, seed: int | None = None) -> None:
+    def __init__(
+        self, stream: Stream, history: int, batch_tokens: int, alignment: int = 1, *, seed: int | None = None
+    ) -> None:
         self.stream, self.history, self.seed, self.passes = stream, history, seed, 0
         self.positions = len(stream.tokens) - 1
-        self.windows = -(-self.positions // min(WINDOW, batch_tokens))
-        self.length = -(-self.positions // self.windows)
+        windows = -(-self.positions // min(WINDOW, batch_tokens))
+        self.length = -(-self.positions // windows // alignment) * alignment
+        self.windows = -(-self.positions // self.length)
+        self.last_start = max(0, -(-(self.positions - self.length) // alignment) * alignment)
         self.batches = -(-self.windows // max(1, batch_tokens // self.length))
 
     def __len__(self) -> int:
@@ -270,20 +304,27 @@ class WindowLoader:
     def batch(self, chosen: Tensor) -> Windows:
         """The windows of these numbers (B,)."""
         own = chosen * self.length
-        starts = own.clamp_max(self.positions - self.length)
+        starts = own.clamp_max(self.last_start)
         positions = starts[:, None] + torch.arange(self.length)
-        counts = (positions >= own[:, None]).flatten()
+        counts = ((positions >= own[:, None]) & (positions < self.positions)).flatten()
         counted = None if bool(counts.all()) else counts.nonzero().flatten()
         device = self.stream.tokens.device
         targets = self.stream.tokens[positions.flatten()[counts].to(device) + 1]
         first = (self.history - starts).clamp_min(0)
         reach = starts[:, None] + torch.arange(-self.history, self.length)
-        positions, reach = positions.to(device), reach.clamp_min(0).to(device)
+        positions, reach = (x.clamp(0, self.positions).to(device) for x in (positions, reach))
+        embeddings = self.stream.embeddings[self.stream.rows[positions]]
         return Windows(
             self.stream.tokens[positions],
             targets,
             None if counted is None else counted.to(device),
-            self.stream.embeddings[self.stream.rows[positions]],
-            self.stream.contexts[reach].float(),
+            embeddings,
+            self._memory(reach),
             first.to(device) if bool(first.any()) else None,
         )
+
+    def _memory(self, reach: Tensor) -> Tensor:
+        """What stands at these positions (B, S+T): contexts side by side, or embeddings where there are none."""
+        if not self.stream.contexts:
+            return self.stream.embeddings[self.stream.rows[reach]]
+        return torch.cat([contexts[reach].float() for contexts in self.stream.contexts], dim=-1)

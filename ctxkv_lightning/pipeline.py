@@ -6,28 +6,31 @@ begins alike starts where the two part.
 
 import hashlib
 import json
-import logging
-import sys
-import warnings
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
-import torch
 import yaml
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 
 from ctxkv_lightning.config import Config
 from ctxkv_lightning.context.pretrain import CONVERGENCE, OACDPretrainModule, save_encoder
-from ctxkv_lightning.datamodule import SPLITS, ContextDataModule
+from ctxkv_lightning.datamodule import SPLITS, WINDOW, ContextDataModule
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import MONITOR, ContextKVLMModule
+from ctxkv_lightning.metrics import (
+    describe_attention,
+    describe_contexts,
+    describe_decode_state,
+    describe_pretrain,
+    describe_window,
+)
 from ctxkv_lightning.report.page import summary_table, write_report
-from ctxkv_lightning.run.callbacks import History, ProgressBar, Stages, announcing, log, logging_to
+from ctxkv_lightning.run.callbacks import History, Stages, announcing, log, logging_to
 from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.run.machine import (
     compile_pays,
@@ -36,9 +39,19 @@ from ctxkv_lightning.run.machine import (
     keep_freed_memory,
     resolve_precision,
 )
+from ctxkv_lightning.run.trainer import make_trainer
 from ctxkv_lightning.store import Store, create_array, get_or_build
 from ctxkv_lightning.text import embedding, ngram, tokenizer
 from ctxkv_lightning.text.corpus import Corpus, Document, read_files, read_pydocs, split
+
+ENCODERS: dict[str, tuple[tuple[int, int], ...]] = {
+    "context_kv": ((0, 1),),
+    "recurrence": ((0, 1),),
+    "cascade": ((0, 2), (1, 2)),
+    "transformer": (),
+    "sliding_window": (),
+}
+"""The part of the training text, as (number, of how many), that each encoder of a model is trained on."""
 
 
 class Text(NamedTuple):
@@ -87,17 +100,18 @@ def run_stages(config: Config, run: RunFolder, text: Text, stages: Stages) -> di
         table = build_embedding(config, text)
         data = build_data(config, text, table)
     with stages("pretrain"):
-        encoder = pretrain(config, run, data)
+        encoders = [pretrain(config, run, data, half, halves) for half, halves in ENCODERS[config.model.name]]
     with stages("contexts"):
-        data.use_encoder(str(encoder.path))
-        contexts = data.context_store()
+        data.use_encoders([str(encoder.path) for encoder in encoders])
         data.prepare_data()
-        log.info(f"contexts exact to {contexts.facts['seam_error']:.1e} at every seam {_reused(contexts)}")
+        contexts = data.context_stores()
+        for store in contexts:
+            log.info(f"contexts exact to {store.facts['seam_error']:.1e} at every seam {_reused(store)}")
     with stages("train"):
         trained = train(config, run, data, text.vocab_size)
     with stages("footing"):
         footing = build_footing(config, text)
-    return collect_metrics(config, text, data, encoder, contexts, trained, footing, stages)
+    return collect_metrics(config, text, data, encoders, contexts, trained, footing, stages)
 
 
 def prepare_text(config: Config) -> Text:
@@ -119,7 +133,7 @@ def prepare_text(config: Config) -> Text:
     for name, size in sizes.items():
         if size < 2:
             raise UserError(f"the {name} text has {size} tokens and needs at least 2: add text to data.files")
-    if config.interval >= sizes["train"]:
+    if max(config.intervals) >= sizes["train"]:
         raise UserError(f"interval={config.interval} must be below the {sizes['train']:,} training tokens")
     log.info(
         f"text {len(chosen['train']):,} documents, {sizes['train']:,} training tokens, vocabulary "
@@ -160,12 +174,14 @@ def build_embedding(config: Config, text: Text) -> Store:
 
 def build_data(config: Config, text: Text, table: Store) -> ContextDataModule:
     """The data module of both phases, still without an encoder."""
+    history, alignment = reach(config)
     return ContextDataModule(
         tokens=str(text.tokens.path),
         embedding=str(table.path),
+        memory="contexts" if ENCODERS[config.model.name] else "embeddings",
         cache_dir=config.cache_dir,
-        interval=config.interval,
-        max_contexts=config.max_contexts,
+        history=history,
+        alignment=alignment,
         batch_tokens=config.train.batch_tokens,
         pretrain_batch_tokens=config.pretrain.batch_tokens,
         embeddings=config.embeddings,  # type: ignore[arg-type]
@@ -175,14 +191,31 @@ def build_data(config: Config, text: Text, table: Store) -> ContextDataModule:
     )
 
 
-def pretrain(config: Config, run: RunFolder, data: ContextDataModule) -> Store:
-    """Phase 1: the store of the trained encoder, with its summary as facts."""
+def reach(config: Config) -> tuple[int, int]:
+    """Positions of history that the model reads before a window, and what windows are aligned to."""
+    match config.model.name:
+        case "context_kv":
+            on_grid = config.selection == "grid"
+            return (config.max_contexts - 1) * max(config.intervals), math.lcm(*config.intervals) if on_grid else 1
+        case "sliding_window":
+            return config.window_tokens - 1, 1
+        case "transformer":
+            return WINDOW, 1
+        case _:
+            return 0, 1
+
+
+def pretrain(config: Config, run: RunFolder, data: ContextDataModule, part: int = 0, parts: int = 1) -> Store:
+    """Phase 1 on one of `parts` equal parts of the training text: the trained encoder's store, its summary as facts."""
     options = asdict(config.pretrain)
+    start, stop = (data.train_tokens * edge // parts for edge in (part, part + 1))
+    data.pretrain_on(slice(start, stop))
     key = {
         "tokens": data.token_store.content,
         "embedding": data.embedding_store.content,
         "context_dim": config.context_dim,
         "seed": config.seed,
+        "rows": [start, stop],
         **options,
     }
 
@@ -203,10 +236,10 @@ def pretrain(config: Config, run: RunFolder, data: ContextDataModule) -> Store:
             stopping_threshold=options["target_rate"],
             check_on_train_epoch_end=True,
         )
-        trainer = build_trainer(
-            config,
+        trainer = make_trainer(
+            asdict(config.trainer),
             run,
-            "pretrain",
+            "pretrain" if parts == 1 else f"pretrain-{part + 1}",
             steps=1,
             precision="32-true",
             max_epochs=options["max_iterations"],
@@ -241,8 +274,8 @@ def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: i
     )
     data.setup("fit")
     steps = len(data.train_dataloader())
-    trainer = build_trainer(
-        config,
+    trainer = make_trainer(
+        asdict(config.trainer),
         run,
         "train",
         steps=steps,
@@ -273,35 +306,10 @@ def build_module(config: Config, vocab_size: int) -> ContextKVLMModule:
         dropout=config.model.dropout,
         lr=config.train.lr,
         weight_decay=config.train.weight_decay,
+        model=config.model.name,  # type: ignore[arg-type]
+        selection=config.selection,  # type: ignore[arg-type]
+        window_tokens=config.window_tokens,
     )
-
-
-def build_trainer(
-    config: Config, run: RunFolder, phase: str, *, steps: int, callbacks: list[L.Callback], **options: Any
-) -> L.Trainer:
-    """A Trainer that logs `phase`, of so many steps an epoch, into the run folder; a progress bar where one is seen."""
-    hardware = asdict(config.trainer)
-    visible = hardware.pop("enable_progress_bar")
-    visible = sys.stdout.isatty() if visible is None else visible
-    quiet_lightning()
-    return L.Trainer(
-        **{**hardware, **options},
-        default_root_dir=run.path,
-        logger=CSVLogger(run.path, name="", version=phase),
-        log_every_n_steps=min(10, steps),
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-        enable_progress_bar=visible,
-        # Reading a metric to show it makes the host wait for a GPU, whose steps take milliseconds.
-        callbacks=[*callbacks, *([ProgressBar(10 if torch.cuda.is_available() else 1)] if visible else [])],
-    )
-
-
-def quiet_lightning() -> None:
-    """Silences what Lightning says that no user can act on."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*`val_dataloader` but have no `validation_step`")  # Phase 1 validates nothing
-    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")  # Lightning 2.6's own call into torch 2.13
 
 
 def build_footing(config: Config, text: Text) -> dict[str, float]:
@@ -319,8 +327,8 @@ def collect_metrics(
     config: Config,
     text: Text,
     data: ContextDataModule,
-    encoder: Store,
-    contexts: Store,
+    encoders: list[Store],
+    contexts: list[Store],
     trained: Trained,
     footing: dict[str, float],
     stages: Stages,
@@ -344,14 +352,9 @@ def collect_metrics(
             "sha256": text.tokens.content,
         },
         "parameters": trained.module.model.parameter_counts(),
-        "window": {
-            "interval": config.interval,
-            "max_contexts": config.max_contexts,
-            "span_tokens": (config.max_contexts - 1) * config.interval + 1,
-            "theoretical_max": data.train_tokens // config.interval + 1,
-        },
-        "pretrain": {**encoder.facts, "reused": encoder.reused},
-        "contexts": {**contexts.facts, "reused": contexts.reused, "bytes": data.sizes()},
+        "window": describe_window(trained.module.model, data.train_tokens),
+        "pretrain": describe_pretrain(encoders),
+        "contexts": describe_contexts(contexts, data),
         "train": {"epochs": epochs, "best_epoch": best["epoch"], "stopped_early": trained.stopped_early},
         "result": {
             "val_ppl": val_ppl,
@@ -363,15 +366,9 @@ def collect_metrics(
         "footing": footing,
         "memory": stages.memory,
         "seconds": {**stages.seconds, "total": sum(stages.seconds.values())},
-        "attention": {"slot_weights": mean_slot_weights(trained.module, data)},
+        "attention": describe_attention(trained.module, data),
+        "decode_state": describe_decode_state(trained.module.model),
     }
-
-
-@torch.no_grad()
-def mean_slot_weights(module: ContextKVLMModule, data: ContextDataModule) -> list[list[float]]:
-    """Mean attention weight by head and slot (H lists of M) over the first validation windows."""
-    windows = next(iter(data.val_dataloader()))
-    return module.model.cpu().attention.slot_weights(windows.embeddings, windows.contexts, windows.first).tolist()
 
 
 def _digest(documents: tuple[Document, ...]) -> str:

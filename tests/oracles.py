@@ -31,17 +31,66 @@ def gather_attention(query: Tensor, key: Tensor, value: Tensor, interval: int, m
     return torch.stack(rows, dim=2) if rows else torch.empty_like(query)
 
 
-def slot_weights(query: Tensor, key: Tensor, interval: int, max_contexts: int) -> Tensor:
-    """Mean attention weight (H, M) by head and slot, over the queries of one sequence; absent slots weigh nothing."""
+def gather_slots(
+    query: Tensor, key: Tensor, value: Tensor, intervals, max_contexts: int, selection: str, first=None
+) -> Tensor:
+    """Attention head by head, query by query, over the slots of a strided or a grid selection."""
+    B, H, T, d = query.shape
+    S = key.shape[2] - T
+    out = torch.empty_like(query)
+    for b in range(B):
+        existing = 0 if first is None else int(first[b])
+        for h in range(H):
+            for i in range(T):
+                slots = [S + j for j in slots_of(i, S, intervals[h], max_contexts, selection) if S + j >= existing]
+                weights = torch.stack([query[b, h, i] @ key[b, h, j] / math.sqrt(d) for j in slots]).softmax(dim=0)
+                out[b, h, i] = sum(weight * value[b, h, j] for weight, j in zip(weights, slots, strict=True))
+    return out
+
+
+def slots_of(i: int, S: int, interval: int, max_contexts: int, selection: str) -> list[int]:
+    """Positions that query i reads, relative to query 0, newest first; query 0 stands at a multiple of the interval."""
+    if selection == "strided":
+        every = [i - m * interval for m in range(max_contexts)]
+    else:
+        every = [i, *[j for j in range(i - 1, -S - 1, -1) if j % interval == 0][: max_contexts - 1]]
+    return [j for j in every if j >= -S]
+
+
+def slot_weights(query: Tensor, key: Tensor, intervals, max_contexts: int, selection: str) -> Tensor:
+    """Mean attention weight (H, M) by head and slot, over all queries; absent slots weigh nothing."""
     B, H, T, d = query.shape
     S = key.shape[2] - T
     total = torch.zeros(H, max_contexts)
     for b in range(B):
-        for i in range(T):
-            slots = [S + i - m * interval for m in range(max_contexts) if S + i - m * interval >= 0]
-            scores = torch.einsum("hd,hmd->hm", query[b, :, i], key[b, :, slots]) / math.sqrt(d)
-            total[:, : len(slots)] += scores.softmax(dim=-1)
+        for h in range(H):
+            for i in range(T):
+                slots = [S + j for j in slots_of(i, S, intervals[h], max_contexts, selection)]
+                total[h, : len(slots)] += (key[b, h, slots] @ query[b, h, i] / math.sqrt(d)).softmax(dim=0)
     return total / (B * T)
+
+
+def token_attention(layer, embeddings: Tensor, window: int | None) -> Tensor:
+    """One attention layer of a transformer over a text (T, D), token by token, rotary angles as complex numbers."""
+    T, D = embeddings.shape
+    H, d = layer.heads, D // layer.heads
+
+    def turned(x: Tensor, position: int) -> Tensor:
+        pairs = torch.complex(x[..., : d // 2], x[..., d // 2 :])
+        angles = torch.tensor([position * 10_000.0 ** (-2 * j / d) for j in range(d // 2)])
+        pairs = pairs * torch.polar(torch.ones(d // 2), angles)
+        return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+    rows = []
+    for t in range(T):
+        seen = range(max(0, t - window + 1) if window else 0, t + 1)
+        query = turned(layer.query(embeddings[t]).view(H, d), t)
+        key = torch.stack([turned(layer.key(embeddings[j]).view(H, d), j) for j in seen])
+        value = torch.stack([layer.value(embeddings[j]).view(H, d) for j in seen])
+        weights = (torch.einsum("hd,jhd->hj", query, key) / math.sqrt(d)).softmax(dim=-1)
+        mixed = torch.einsum("hj,jhd->hd", weights, value).flatten()
+        rows.append(layer.norm(embeddings[t] + layer.output(mixed)))
+    return torch.stack(rows)
 
 
 def full_logit_loss(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
@@ -83,7 +132,7 @@ def step_by_step_nll(model, tokens: Tensor) -> Tensor:
         embedding = F.layer_norm(model.embedding.weight[now], (len(model.embedding.weight[now]),))
         context = model.encoder(context, embedding)
         contexts.append(context)
-        seen = torch.stack(contexts[::-1][:: attention.interval][: attention.max_contexts])
+        seen = torch.stack(contexts[::-1][:: attention.intervals[0]][: attention.max_contexts])
         query = attention.query(embedding).view(attention.heads, -1)
         key, value = (layer(seen).view(len(seen), attention.heads, -1) for layer in (attention.key, attention.value))
         weights = (torch.einsum("hd,mhd->hm", query, key) / math.sqrt(query.shape[1])).softmax(dim=-1)

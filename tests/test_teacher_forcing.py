@@ -29,22 +29,23 @@ def make(root, V, D, C, sizes):
         "embedding": table,
         "encoder": lambda folder: save_encoder(ContextEncoder(C, D), folder),
     }
-    return {kind: str(get_or_build(root, kind, {}, build).path) for kind, build in builders.items()}
+    folders = {kind: str(get_or_build(root, kind, {}, build).path) for kind, build in builders.items()}
+    return {"encoders": [folders.pop("encoder")], **folders}
 
 
 @pytest.mark.parametrize(("interval", "max_contexts", "length"), [(20, 32, 1300), (1, 1, 30), (50, 64, 40), (7, 3, 2)])
 def test_teacher_forced_validation_equals_step_by_step(tmp_path, interval, max_contexts, length):
     V, D, C = 150, 768, 256
     folders = make(tmp_path, V, D, C, {"train": 10, "validation": length, "test": 5})
-    data = ContextDataModule(**folders, cache_dir=str(tmp_path), interval=interval, max_contexts=max_contexts)
+    data = ContextDataModule(**folders, cache_dir=str(tmp_path), history=(max_contexts - 1) * interval)
     data.prepare_data()
     data.setup("validate")
     model = ContextKVLM(V, D, C, interval=interval, max_contexts=max_contexts).eval().requires_grad_(False)
     model.embedding.weight.copy_(data.table)
-    model.encoder.load_state_dict(data.encoder().state_dict())
+    model.encoder.load_state_dict(data.encoders()[0].state_dict())
     losses = []
     for windows in data.val_dataloader():
-        hidden = model(windows.embeddings, windows.contexts, windows.first).flatten(0, 1)
+        hidden = model(windows.embeddings, windows.memory, windows.first).flatten(0, 1)
         hidden = hidden if windows.counted is None else hidden[windows.counted]
         losses.append(score(hidden, model.embedding.weight, windows.targets)[0])
     expected = step_by_step_nll(model, data.streams["validation"].tokens)

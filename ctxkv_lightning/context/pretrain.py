@@ -66,7 +66,7 @@ class OACDPretrainModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Draws the random start N(0, 0.01²): the contexts (N, C) that the first iteration reads."""
-        N, C = self.trainer.datamodule.train_tokens, self.hparams["context_dim"]  # type: ignore[attr-defined]
+        N, C = self.trainer.datamodule.pretrain_tokens, self.hparams["context_dim"]  # type: ignore[attr-defined]
         self.contexts = scratch(N, C, self.device)
         for rows in self.contexts.split(ROWS_AT_A_TIME):
             rows.normal_(std=0.01)

@@ -7,13 +7,21 @@ dense block of keys. Exact to rounding, no gather, and differentiable on every d
 """
 
 import math
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Selection = Literal["strided", "grid"]
+"""Which contexts are read: those of every I-th token back, or the current one and those at multiples of I."""
+
 SMALLEST_BLOCK = 32
 """Queries in a block, at least, where there are so many: fewer would make the products small."""
+
+QUERIES_ABOUT = 128
+"""Queries that share a block of grid keys."""
 
 
 def strided_attention(
@@ -112,18 +120,112 @@ def uses_plain_products(query: Tensor) -> bool:
     return query.device.type == "cpu" and query.dtype == torch.bfloat16
 
 
-def slot_weights(query: Tensor, key: Tensor, interval: int, max_contexts: int, first: Tensor | None = None) -> Tensor:
-    """Mean attention weight (H, M), fp32, by head and slot over the B·T queries; shapes as in `strided_attention`.
+def grid_attention(
+    query: Tensor, key: Tensor, value: Tensor, interval: int, max_contexts: int, first: Tensor | None = None
+) -> Tensor:
+    """Attention over the context of now and the last M-1 before it that stand at multiples of I.
 
-    One pass per slot: for looking at a model, not for training it.
+    Shapes and `first` as in `strided_attention`; query 0 stands on the grid. The I queries that follow a grid
+    position, up to the next one, read the same grid, so they share one block of keys; their own key is one score more.
     """
-    B, H, T, d = query.shape
+    T, d = query.shape[2:]
+    if T == 0:
+        return torch.empty_like(query)
+    S, head = key.shape[2] - T, interval - 1
+    chunks = -(-(T + head) // interval)  # chunk 0 ends with query 0, which reads no grid position of the queries
+    size = -(-QUERIES_ABOUT // interval)  # chunks in a block
+    blocks = -(-chunks // size)
+    tail = blocks * size * interval - (T + head)
+    queries, own_keys, own_values = (
+        _pad(x, head, tail).unflatten(2, (blocks, size * interval)) for x in (query, key[:, :, S:], value[:, :, S:])
+    )
+    column = torch.arange(size + max_contexts - 2, device=query.device)
+    row = torch.arange(blocks, device=query.device)[:, None] * size + column - (max_contexts - 1)
+    place = S + row * interval  # (blocks, columns), of each grid key among the keys
+    chunk = torch.arange(size, device=query.device).repeat_interleave(interval)[:, None]
+    seen = (column >= chunk) & (column <= chunk + max_contexts - 2)
+    exists = (place >= 0)[None] if first is None else place >= first.view(-1, 1, 1)
+    mask = (exists[:, :, None, :] & seen)[:, None]
+    keys, values = (x[:, :, place.clamp(0, S + T - 1)] for x in (key, value))
+    scores = (queries @ keys.transpose(-1, -2)).masked_fill(~mask, torch.finfo(queries.dtype).min)
+    own = (queries * own_keys).sum(-1, keepdim=True)
+    weights = torch.softmax(torch.cat([scores, own], dim=-1) / math.sqrt(d), dim=-1).to(value.dtype)
+    mixed = weights[..., :-1] @ values + weights[..., -1:] * own_values
+    return mixed.flatten(2, 3)[:, :, head : head + T]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    intervals: Sequence[int],
+    max_contexts: int,
+    selection: Selection = "strided",
+    first: Tensor | None = None,
+) -> Tensor:
+    """Attention (B, H, T, d) with an interval for each head (H,); heads with the same go together."""
+    one = strided_attention if selection == "strided" else grid_attention
+    groups = head_groups(intervals)
+    if len(groups) == 1:
+        return one(query, key, value, intervals[0], max_contexts, first)
+    S, parts = key.shape[2] - query.shape[2], []
+    for interval, heads in groups.items():
+        unread = max(0, S - (max_contexts - 1) * interval)
+        later = None if first is None else (first - unread).clamp_min(0)
+        keys, values = (x[:, heads, unread:] for x in (key, value))
+        parts.append(one(query[:, heads], keys, values, interval, max_contexts, later))
+    order = [head for heads in groups.values() for head in heads]
+    return torch.cat(parts, dim=1)[:, torch.tensor(order, device=query.device).argsort()]
+
+
+def head_groups(intervals: Sequence[int]) -> dict[int, list[int]]:
+    """The heads of each distinct interval."""
+    groups: dict[int, list[int]] = {}
+    for head, interval in enumerate(intervals):
+        groups.setdefault(interval, []).append(head)
+    return groups
+
+
+def slot_positions(T: int, interval: int, max_contexts: int, selection: Selection) -> Tensor:
+    """Where the M slots of queries 0 … T-1 stand (T, M), relative to query 0; slot 0 is the query's own."""
+    now, slot = torch.arange(T)[:, None], torch.arange(max_contexts)
+    if selection == "strided":
+        return now - slot * interval
+    grid = (torch.div(now - 1, interval, rounding_mode="floor") - (slot - 1)) * interval
+    return torch.where(slot == 0, now, grid)
+
+
+def slot_distances(intervals: Sequence[int], max_contexts: int, selection: Selection) -> Tensor:
+    """Mean tokens back (H, M) of each head's slots."""
+    rows = []
+    for interval in intervals:
+        far = max_contexts * interval  # where no slot is missing, over one whole period
+        period = slot_positions(far + interval, interval, max_contexts, selection)[far:]
+        rows.append((torch.arange(far, far + interval)[:, None] - period).double().mean(dim=0))
+    return torch.stack(rows)
+
+
+def slot_weights(
+    query: Tensor,
+    key: Tensor,
+    intervals: Sequence[int],
+    max_contexts: int,
+    selection: Selection = "strided",
+    first: Tensor | None = None,
+) -> Tensor:
+    """Mean attention weight (H, M), fp32, by head and slot over the B·T queries; shapes as in `attend`.
+
+    One pass per head and slot: for looking at a model, not for training it.
+    """
+    B, _, T, d = query.shape
     start = key.shape[2] - T
     existing = torch.zeros(B, 1, device=query.device, dtype=torch.long) if first is None else first[:, None]
-    scores = query.new_full((max_contexts, B, H, T), -math.inf, dtype=torch.float32)
-    for m in range(max_contexts):
-        position = start - m * interval + torch.arange(T, device=query.device)
-        seen = key[:, :, position.clamp_min(0)]
-        score = (query * seen).sum(-1, dtype=torch.float32) / math.sqrt(d)
-        scores[m] = score.masked_fill((position < existing)[:, None], -math.inf)
-    return scores.softmax(dim=0).mean(dim=(1, 3)).T
+    means = []
+    for head, interval in enumerate(intervals):
+        positions = start + slot_positions(T, interval, max_contexts, selection).to(query.device)
+        scores = query.new_empty(max_contexts, B, T, dtype=torch.float32)
+        for slot, position in enumerate(positions.T):
+            score = (query[:, head] * key[:, head, position.clamp_min(0)]).sum(-1, dtype=torch.float32) / math.sqrt(d)
+            scores[slot] = score.masked_fill(position < existing, -math.inf)
+        means.append(scores.softmax(dim=0).mean(dim=(1, 2)))
+    return torch.stack(means)

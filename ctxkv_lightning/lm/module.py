@@ -6,12 +6,14 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric
 
 from ctxkv_lightning.datamodule import Windows
 from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.lm.attention import Selection
 from ctxkv_lightning.lm.head import frozen_cross_entropy, score
-from ctxkv_lightning.lm.model import ContextKVLM
+from ctxkv_lightning.lm.perplexity import Perplexity
+from ctxkv_lightning.lm.rivals import ModelName, build_model
 
 log = logging.getLogger(__name__)
 
@@ -23,30 +25,8 @@ LOOK_EVERY = 16
 """Steps between two looks at whether the loss is still finite, where looking stalls the device."""
 
 
-class Perplexity(Metric):
-    """exp(summed NLL / tokens), accumulated in fp64 from fp32 losses, over all ranks."""
-
-    higher_is_better = False
-    full_state_update = False
-    nll: Tensor
-    tokens: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-
-    def update(self, nll: Tensor) -> None:
-        """Adds the losses (n,) of n tokens, in nats."""
-        self.nll += nll.sum(dtype=torch.float64)
-        self.tokens += nll.numel()
-
-    def compute(self) -> Tensor:
-        return (self.nll / self.tokens).exp()
-
-
 class ContextKVLMModule(L.LightningModule):
-    """Trains a `ContextKVLM` with AdamW on the windows of a `ContextDataModule`.
+    """Trains a `ContextKVLM`, or a rival of it, with AdamW on the windows of a `ContextDataModule`.
 
     Logs `train/loss` by step and, by epoch, `train/ppl`, `val/ppl`, `val/accuracy`; tests log `test/ppl` and
     `test/accuracy`. Raises UserError before the update when the loss is not finite, and before
@@ -61,18 +41,22 @@ class ContextKVLMModule(L.LightningModule):
         embedding_dim: int = 768,
         context_dim: int = 256,
         heads: int = 8,
-        interval: int = 20,
+        interval: int | list[int] = 20,
         max_contexts: int = 32,
         ffn_dim: int = 3072,
         dropout: float = 0.1,
         lr: float = 0.001,
         weight_decay: float = 0.01,
+        model: ModelName = "context_kv",
+        selection: Selection = "strided",
+        window_tokens: int = 103,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = ContextKVLM(
-            vocab_size, embedding_dim, context_dim, heads, interval, max_contexts, ffn_dim, dropout
-        )
+        self.model = build_model(
+            model, vocab_size, embedding_dim, context_dim, heads, interval, max_contexts, ffn_dim, dropout, selection,
+            window_tokens,
+        )  # fmt: skip
         self.train_ppl, self.val_ppl, self.test_ppl = Perplexity(), Perplexity(), Perplexity()
         self.val_accuracy, self.test_accuracy = MeanMetric(), MeanMetric()
         self.register_buffer("broken", torch.zeros((), dtype=torch.bool), persistent=False)
@@ -81,8 +65,7 @@ class ContextKVLMModule(L.LightningModule):
         """Copies the frozen parts from the data module, once per fit; a checkpoint has them already."""
         if stage == "fit":
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-            self.model.embedding.weight.data.copy_(data.table)
-            self.model.encoder.load_state_dict(data.encoder().state_dict())
+            self.model.load_frozen(data.table, data.encoders())
 
     def training_step(self, batch: Windows, batch_index: int) -> Tensor:
         nll = frozen_cross_entropy(self._hidden(batch), self.model.embedding.weight, batch.targets)
@@ -147,7 +130,7 @@ class ContextKVLMModule(L.LightningModule):
 
     def _hidden(self, batch: Windows) -> Tensor:
         """Hidden states (n, D) of the positions that count."""
-        hidden = self.model(batch.embeddings, batch.contexts, batch.first).flatten(0, 1)
+        hidden = self.model(batch.embeddings, batch.memory, batch.first).flatten(0, 1)
         return hidden if batch.counted is None else hidden[batch.counted]
 
     def _score(self, batch: Windows) -> tuple[Tensor, Tensor]:

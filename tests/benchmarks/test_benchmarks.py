@@ -46,7 +46,7 @@ def twins():
 def test_the_published_model_has_our_hidden_states(twins):
     ours, theirs, stream = twins
     positions = torch.randperm(150)
-    expected = ours(stream.embeddings[stream.rows][None], stream.contexts[None])[0]
+    expected = ours(stream.embeddings[stream.rows][None], stream.contexts[0][None])[0]
     hidden = theirs.hidden(Split.of(stream), positions)
     torch.testing.assert_close(hidden, expected[positions], atol=1e-5, rtol=1e-5)
 

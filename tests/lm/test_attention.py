@@ -94,10 +94,69 @@ def test_no_queries_give_no_output():
     assert strided_attention(query, key, value, 3, 2).shape == (2, 2, 0, 4)
 
 
+SELECTIONS = st.sampled_from(["strided", "grid"])
+
+
+@settings(deadline=None, max_examples=120)
+@given(
+    T=st.integers(1, 45),
+    S=st.integers(0, 50),
+    intervals=st.tuples(st.integers(1, 50), st.integers(1, 12)),
+    max_contexts=st.integers(1, 9),
+    selection=SELECTIONS,
+    seed=st.integers(0, 999),
+)
+def test_every_selection_with_an_interval_for_each_head_equals_gathering(
+    T, S, intervals, max_contexts, selection, seed
+):
+    inputs = draw(T, S, seed)
+    first = torch.tensor([0, S // 3])
+    fast = attention.attend(*inputs, intervals, max_contexts, selection, first)
+    assert_same(fast, oracles.gather_slots(*inputs, intervals, max_contexts, selection, first), inputs)
+
+
+@pytest.mark.parametrize("selection", ["strided", "grid"])
+@pytest.mark.parametrize("T", [1, 2, 20, 21, 300])
+def test_selections_at_awkward_lengths(T, selection):
+    inputs = draw(T, 57, 5, B=1, H=3)
+    intervals = (20, 1, 20)
+    fast = attention.attend(*inputs, intervals, 4, selection)
+    assert_same(fast, oracles.gather_slots(*inputs, intervals, 4, selection), inputs)
+
+
+def test_queries_between_two_grid_positions_read_the_same_grid():
+    """Only the query's own context changes inside (I, 2I], so what else is read must come from M-1 positions."""
+    query, key, value = (x.detach() for x in draw(41, 0, 1, B=1))
+    for t in range(21, 41):
+        read = [
+            j
+            for j in range(41)
+            if not torch.equal(
+                attention.grid_attention(query, key, value, 20, 3)[0, :, t],
+                attention.grid_attention(query, key, value + (torch.arange(41) == j)[:, None], 20, 3)[0, :, t],
+            )
+        ]
+        assert read == sorted({0, 20, t})
+
+
+@pytest.mark.parametrize("selection", ["strided", "grid"])
+def test_mean_distances_of_slots(selection):
+    distances = attention.slot_distances((1, 4), 3, selection)
+    expected = {"strided": [[0, 1, 2], [0, 4, 8]], "grid": [[0, 1, 2], [0, 2.5, 6.5]]}[selection]
+    assert distances.tolist() == expected
+
+
 @settings(deadline=None, max_examples=30)
-@given(T=st.integers(1, 30), S=st.integers(0, 30), interval=st.integers(1, 12), max_contexts=st.integers(1, 6))
-def test_slot_weights_equal_the_loop_and_sum_to_one(T, S, interval, max_contexts):
+@given(
+    T=st.integers(1, 30),
+    S=st.integers(0, 30),
+    intervals=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    max_contexts=st.integers(1, 6),
+    selection=SELECTIONS,
+)
+def test_slot_weights_equal_the_loop_and_sum_to_one(T, S, intervals, max_contexts, selection):
     query, key, _ = (x.detach() for x in draw(T, S, T))
-    weights = attention.slot_weights(query, key, interval, max_contexts)
-    torch.testing.assert_close(weights, oracles.slot_weights(query, key, interval, max_contexts), atol=1e-5, rtol=0)
+    weights = attention.slot_weights(query, key, intervals, max_contexts, selection)
+    slow = oracles.slot_weights(query, key, intervals, max_contexts, selection)
+    torch.testing.assert_close(weights, slow, atol=1e-5, rtol=0)
     torch.testing.assert_close(weights.sum(1), torch.ones(2), atol=1e-5, rtol=0)

@@ -8,7 +8,8 @@ from torchmetrics.text import Perplexity as LogitPerplexity
 from ctxkv_lightning.context import pretrain
 from ctxkv_lightning.context.pretrain import OACDPretrainModule, load_encoder, save_encoder
 from ctxkv_lightning.errors import UserError
-from ctxkv_lightning.lm.module import MONITOR, ContextKVLMModule, Perplexity
+from ctxkv_lightning.lm.module import MONITOR, ContextKVLMModule
+from ctxkv_lightning.lm.perplexity import Perplexity
 from ctxkv_lightning.store import get_or_build
 from tests.oracles import convergence_from_formula, full_logit_loss
 from tests.test_datamodule import C, D, V, opened, stores  # noqa: F401
@@ -49,7 +50,7 @@ def test_perplexity_keeps_digits_that_fp32_would_lose():
 
 
 def test_training_learns_freezes_and_logs(stores, tmp_path):  # noqa: F811
-    data = opened(stores, tmp_path, interval=3, max_contexts=4, batch_tokens=20)
+    data = opened(stores, tmp_path, history=9, batch_tokens=20)
     module = ContextKVLMModule(**SIZES, lr=0.01)
     run = trainer(tmp_path, max_epochs=40)
     run.fit(module, datamodule=data)
@@ -57,17 +58,17 @@ def test_training_learns_freezes_and_logs(stores, tmp_path):  # noqa: F811
     assert float(logged["train/ppl"]) < 0.8 * V
     assert {MONITOR, "val/accuracy", "train/ppl"} <= set(logged)
     assert torch.equal(module.model.embedding.weight, data.table)
-    assert torch.equal(module.model.encoder.linear.weight, data.encoder().linear.weight)
+    assert torch.equal(module.model.encoder.linear.weight, data.encoders()[0].linear.weight)
 
 
 def test_validation_is_the_stream_scored_once_with_full_logits(stores, tmp_path):  # noqa: F811
-    data = opened(stores, tmp_path, interval=3, max_contexts=4, batch_tokens=5)
+    data = opened(stores, tmp_path, history=9, batch_tokens=5)
     module = ContextKVLMModule(**SIZES)
     run = trainer(tmp_path, max_epochs=1)
     run.fit(module, datamodule=data)
     stream = data.streams["validation"]
     with torch.no_grad():
-        hidden = module.model.eval()(stream.embeddings[stream.rows][None], stream.contexts[None])[0, :-1]
+        hidden = module.model.eval()(stream.embeddings[stream.rows][None], stream.contexts[0][None])[0, :-1]
         expected = full_logit_loss(hidden, module.model.embedding.weight, stream.tokens[1:])
         right = (module.model.logits(hidden).argmax(-1) == stream.tokens[1:]).float().mean()
     assert float(run.callback_metrics[MONITOR]) == pytest.approx(math.exp(expected.double().mean()), rel=1e-5)
@@ -75,7 +76,7 @@ def test_validation_is_the_stream_scored_once_with_full_logits(stores, tmp_path)
 
 
 def test_a_loss_that_becomes_nan_stops_before_the_update(stores, tmp_path):  # noqa: F811
-    data = opened(stores, tmp_path, interval=3, max_contexts=4, batch_tokens=20)
+    data = opened(stores, tmp_path, history=9, batch_tokens=20)
     module = ContextKVLMModule(**SIZES)
 
     class Poison(L.Callback):
@@ -92,7 +93,7 @@ def test_a_loss_that_becomes_nan_stops_before_the_update(stores, tmp_path):  # n
 
 def test_where_looking_is_costly_a_nan_still_updates_nothing(stores, tmp_path, monkeypatch):  # noqa: F811
     """The loss is NaN from step 3 on and nobody looks before the epoch's end, as on a GPU."""
-    data = opened(stores, tmp_path, interval=3, max_contexts=4, batch_tokens=8)
+    data = opened(stores, tmp_path, history=9, batch_tokens=8)
     module = ContextKVLMModule(**SIZES)
     monkeypatch.setattr(module, "_looks", lambda index: module.trainer.is_last_batch)
     seen = []
@@ -112,14 +113,14 @@ def test_where_looking_is_costly_a_nan_still_updates_nothing(stores, tmp_path, m
 
 
 def test_a_nan_in_validation_stops_too(stores, tmp_path):  # noqa: F811
-    data = opened(stores, tmp_path, interval=3, max_contexts=4)
-    data.streams["validation"].contexts[3] = float("nan")
+    data = opened(stores, tmp_path, history=9)
+    data.streams["validation"].contexts[0][3] = float("nan")
     with pytest.raises(UserError, match="validation PPL of epoch 1 is nan"):
         trainer(tmp_path, max_epochs=2).fit(ContextKVLMModule(**SIZES), datamodule=data)
 
 
 def test_checkpoints_load_without_pickle(stores, tmp_path):  # noqa: F811
-    data = opened(stores, tmp_path, interval=3, max_contexts=4)
+    data = opened(stores, tmp_path, history=9)
     run = trainer(tmp_path, max_epochs=1)
     run.fit(ContextKVLMModule(**SIZES), datamodule=data)
     run.save_checkpoint(tmp_path / "m.ckpt")
@@ -129,7 +130,7 @@ def test_checkpoints_load_without_pickle(stores, tmp_path):  # noqa: F811
 
 
 def test_phase_one_takes_one_averaged_step_per_epoch(stores, tmp_path):  # noqa: F811
-    stores.pop("encoder")
+    stores.pop("encoders")
     data = opened(stores, tmp_path, pretrain_batch_tokens=25)
     module = OACDPretrainModule(C, D, noise=0.0)
     gradients = []
@@ -162,7 +163,7 @@ def test_phase_one_takes_one_averaged_step_per_epoch(stores, tmp_path):  # noqa:
 
 def test_phase_one_iterations_are_jacobi_sweeps(stores, tmp_path):  # noqa: F811
     """Overwriting the contexts batch by batch gives what two buffers would: every context from the last iteration's."""
-    stores.pop("encoder")
+    stores.pop("encoders")
     data = opened(stores, tmp_path, pretrain_batch_tokens=7)
     module = OACDPretrainModule(C, D, lr=0.0, noise=0.0)
     torch.manual_seed(5)
@@ -182,7 +183,7 @@ def test_phase_one_iterations_are_jacobi_sweeps(stores, tmp_path):  # noqa: F811
 
 
 def test_large_iterations_live_in_a_file_and_give_the_same_numbers(stores, tmp_path, monkeypatch):  # noqa: F811
-    stores.pop("encoder")
+    stores.pop("encoders")
     data = opened(stores, tmp_path)
     weights = []
     for limit in (1 << 30, 1):
@@ -195,7 +196,7 @@ def test_large_iterations_live_in_a_file_and_give_the_same_numbers(stores, tmp_p
 
 
 def test_phase_one_stops_at_the_target_and_reports(stores, tmp_path):  # noqa: F811
-    stores.pop("encoder")
+    stores.pop("encoders")
     data = opened(stores, tmp_path)
     module = OACDPretrainModule(C, D, target_rate=0.9, move_threshold=1e9)
     stop = L.pytorch.callbacks.EarlyStopping(
@@ -211,7 +212,7 @@ def test_phase_one_stops_at_the_target_and_reports(stores, tmp_path):  # noqa: F
 
 
 def test_phase_one_stops_on_a_plateau(stores, tmp_path, monkeypatch):  # noqa: F811
-    stores.pop("encoder")
+    stores.pop("encoders")
     data = opened(stores, tmp_path)
     rates = iter([0.3, 0.6, 0.8, 0.805, 0.81, 0.9])
     monkeypatch.setattr(

@@ -1,0 +1,138 @@
+"""The systems that the context model is compared with, behind the same interface.
+
+Same frozen embedding, tied head and feed-forward layer; what differs is what is remembered. The two that attend to
+tokens read the embeddings of the history as their memory, the other two contexts.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ctxkv_lightning.context.encoder import ContextEncoder
+from ctxkv_lightning.lm.attention import Selection, strided_attention
+from ctxkv_lightning.lm.model import ContextAttention, ContextKVLM, FeedForward, TiedLM
+
+ModelName = Literal["context_kv", "cascade", "transformer", "sliding_window", "recurrence"]
+
+ROPE_BASE = 10_000.0
+
+
+class TokenAttention(ContextAttention):
+    """Ordinary causal attention over tokens with rotary positions: over all of them, or over the last `window`.
+
+    Rotary positions are those of Su et al., "RoFormer" (2021).
+    """
+
+    def __init__(self, embedding_dim: int, heads: int, window: int | None, dropout: float) -> None:
+        super().__init__(embedding_dim, embedding_dim, heads, 1, window or 1, dropout)
+        if embedding_dim // heads % 2:
+            raise ValueError(f"heads={heads} must leave an even number of dimensions to each head of {embedding_dim}")
+        self.window = window
+
+    def forward(self, embeddings: Tensor, memory: Tensor, first: Tensor | None = None) -> Tensor:
+        """(B, T, D) from embeddings (B, T, D) and the memory (B, S+T, D) of all embeddings."""
+        query, key, value = (self.split(x) for x in (self.query(embeddings), self.key(memory), self.value(memory)))
+        positions = torch.arange(key.shape[2], device=key.device)
+        query, key = rotated(query, positions[-query.shape[2] :]), rotated(key, positions)
+        if self.window is None:
+            return self.combine(embeddings, causal_attention(query, key, value, first))
+        return self.combine(embeddings, strided_attention(query, key, value, 1, self.window, first))
+
+
+def rotated(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotates the pairs (j, j + d/2) of vectors (..., T, d) by angles that grow with their positions (T,)."""
+    half = x.shape[-1] // 2
+    rates = ROPE_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    angles = positions.double()[:, None] * rates  # in fp64: far along the text, fp32 would blur them
+    cosine, sine = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cosine - b * sine, a * sine + b * cosine], dim=-1)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor | None) -> Tensor:
+    """Attention (B, H, T, d) of query i, at key S+i, over all keys up to its own, from `first[b]` on."""
+    T, keys = query.shape[2], key.shape[2]
+    mask = torch.ones(T, keys, dtype=torch.bool, device=query.device).tril(keys - T)
+    if first is not None:
+        mask = mask & (torch.arange(keys, device=query.device) >= first.view(-1, 1, 1, 1))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+class TransformerLM(TiedLM):
+    """One layer of a transformer: causal attention over all tokens, or over the last `window` of them."""
+
+    def __init__(
+        self, vocab_size: int, embedding_dim: int, heads: int, ffn_dim: int, dropout: float, window: int | None = None
+    ) -> None:
+        super().__init__(vocab_size, embedding_dim)
+        self.attention = TokenAttention(embedding_dim, heads, window, dropout)
+        self.ffn = FeedForward(embedding_dim, ffn_dim)
+
+    def forward(self, embeddings: Tensor, memory: Tensor, first: Tensor | None = None) -> Tensor:
+        """Final hidden states (B, T, D); the memory (B, S+T, D) holds the embeddings of history and of now."""
+        return self.ffn(self.attention(embeddings, memory, first))
+
+
+class RecurrenceLM(TiedLM):
+    """The current context alone: h = LayerNorm(e + dropout(W c)), then the feed-forward layer."""
+
+    def __init__(self, vocab_size: int, embedding_dim: int, context_dim: int, ffn_dim: int, dropout: float) -> None:
+        super().__init__(vocab_size, embedding_dim)
+        self.encoder = ContextEncoder(context_dim, embedding_dim).requires_grad_(False)
+        self.read = nn.Linear(context_dim, embedding_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(embedding_dim)
+        self.ffn = FeedForward(embedding_dim, ffn_dim)
+
+    def forward(self, embeddings: Tensor, contexts: Tensor, first: Tensor | None = None) -> Tensor:
+        """Final hidden states (B, T, D) from embeddings (B, T, D) and the last T of the contexts (B, S+T, C)."""
+        now = contexts[:, contexts.shape[1] - embeddings.shape[1] :]
+        return self.ffn(self.norm(embeddings + self.dropout(self.read(now))))
+
+
+class CascadeLM(TiedLM):
+    """The 2-Block Cascade: LayerNorm(e + GELU(W [c¹; c²; e] + b)), each encoder trained on its half of the text."""
+
+    def __init__(self, vocab_size: int, embedding_dim: int, context_dim: int) -> None:
+        super().__init__(vocab_size, embedding_dim)
+        self.blocks = nn.ModuleList(ContextEncoder(context_dim, embedding_dim).requires_grad_(False) for _ in range(2))
+        self.token_layer = nn.Linear(2 * context_dim + embedding_dim, embedding_dim)
+        self.norm = nn.LayerNorm(embedding_dim)
+
+    def forward(self, embeddings: Tensor, contexts: Tensor, first: Tensor | None = None) -> Tensor:
+        """Final hidden states (B, T, D) from embeddings (B, T, D) and both contexts side by side (B, S+T, 2C)."""
+        now = contexts[:, contexts.shape[1] - embeddings.shape[1] :]
+        return self.norm(embeddings + F.gelu(self.token_layer(torch.cat([now, embeddings], dim=-1))))
+
+
+def build_model(
+    name: ModelName,
+    vocab_size: int,
+    embedding_dim: int,
+    context_dim: int,
+    heads: int,
+    interval: int | Sequence[int],
+    max_contexts: int,
+    ffn_dim: int,
+    dropout: float,
+    selection: Selection,
+    window_tokens: int,
+) -> TiedLM:
+    """The model of this name; each takes what it reads. Raises ValueError for a name that is none of `ModelName`."""
+    match name:
+        case "context_kv":
+            return ContextKVLM(
+                vocab_size, embedding_dim, context_dim, heads, interval, max_contexts, ffn_dim, dropout, selection
+            )
+        case "cascade":
+            return CascadeLM(vocab_size, embedding_dim, context_dim)
+        case "recurrence":
+            return RecurrenceLM(vocab_size, embedding_dim, context_dim, ffn_dim, dropout)
+        case "transformer":
+            return TransformerLM(vocab_size, embedding_dim, heads, ffn_dim, dropout)
+        case "sliding_window":
+            return TransformerLM(vocab_size, embedding_dim, heads, ffn_dim, dropout, window_tokens)
+    raise ValueError(f"there is no model '{name}'")

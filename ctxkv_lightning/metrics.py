@@ -1,0 +1,74 @@
+"""Parts of metrics.json that take more than a look at the configuration (its schema stands in DESIGN §4)."""
+
+from typing import Any
+
+import torch
+
+from ctxkv_lightning.datamodule import ContextDataModule
+from ctxkv_lightning.lm.attention import slot_distances
+from ctxkv_lightning.lm.generate import kept_tensors, state_bytes
+from ctxkv_lightning.lm.model import ContextKVLM, TiedLM
+from ctxkv_lightning.lm.module import ContextKVLMModule
+from ctxkv_lightning.lm.rivals import TransformerLM
+from ctxkv_lightning.store import Store
+
+READ = (1_000, 10_000, 100_000)
+"""Tokens read by a decoder whose state is measured."""
+
+
+def describe_window(model: TiedLM, train_tokens: int) -> dict[str, Any]:
+    """What the model reads at a position; null for what it does not have, and for the span of a whole text."""
+    if isinstance(model, ContextKVLM):
+        attention = model.attention
+        intervals = attention.intervals
+        return {
+            "interval": intervals[0] if len(set(intervals)) == 1 else list(intervals),
+            "max_contexts": attention.max_contexts,
+            "selection": attention.selection,
+            "span_tokens": (attention.max_contexts - 1) * max(intervals) + 1,
+            "theoretical_max": train_tokens // min(intervals) + 1,
+        }
+    span = model.attention.window if isinstance(model, TransformerLM) else 1
+    return {"interval": None, "max_contexts": None, "selection": None, "span_tokens": span, "theoretical_max": None}
+
+
+def describe_pretrain(encoders: list[Store]) -> dict[str, Any] | None:
+    """Phase 1's summary, of the first encoder where there are several; None where there is none."""
+    if not encoders:
+        return None
+    each = [{**encoder.facts, "reused": encoder.reused} for encoder in encoders]
+    return {**each[0], "encoders": each} if len(each) > 1 else each[0]
+
+
+def describe_contexts(contexts: list[Store], data: ContextDataModule) -> dict[str, Any] | None:
+    """Seconds, the worst seam and bytes of the stored contexts; None where the model reads none."""
+    if not contexts:
+        return None
+    return {
+        "seam_error": max(store.facts["seam_error"] for store in contexts),
+        "seconds": sum(store.facts["seconds"] for store in contexts),
+        "reused": all(store.reused for store in contexts),
+        "bytes": data.sizes(),
+    }
+
+
+@torch.no_grad()
+def describe_attention(module: ContextKVLMModule, data: ContextDataModule) -> dict[str, Any] | None:
+    """Mean weight and distance of each slot (H lists of M) over the first validation windows; None without slots."""
+    model = module.model.cpu()
+    if not isinstance(model, ContextKVLM):
+        return None
+    windows, attention = next(iter(data.val_dataloader())), model.attention
+    first = None if windows.first is None else windows.first.cpu()
+    return {
+        "slot_weights": attention.slot_weights(windows.embeddings.cpu(), windows.memory.cpu(), first).tolist(),
+        "distances": slot_distances(attention.intervals, attention.max_contexts, attention.selection).tolist(),
+    }
+
+
+def describe_decode_state(model: TiedLM) -> dict[str, Any]:
+    """Shapes and bytes of what a decoder of one text keeps, from the tensors it makes."""
+    return {
+        "tensors": {name: list(tensor.shape) for name, tensor in kept_tensors(model, READ[1]).items()},
+        "bytes": {str(tokens): state_bytes(model, tokens) for tokens in READ},
+    }

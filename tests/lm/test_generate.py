@@ -1,0 +1,99 @@
+"""A decoder computes what the parallel model computes, and keeps no more than it says."""
+
+import pytest
+import torch
+
+from ctxkv_lightning.context.solve import solve_contexts
+from ctxkv_lightning.lm.generate import Decoder, kept_tensors, state_bytes
+from ctxkv_lightning.lm.model import ContextKVLM
+from ctxkv_lightning.lm.rivals import CascadeLM, RecurrenceLM, TransformerLM
+
+V, D, C, H = 60, 32, 16, 4
+MODELS = {
+    "strided": lambda: ContextKVLM(V, D, C, H, 5, 4, 48, 0.1),
+    "intervals": lambda: ContextKVLM(V, D, C, H, [1, 3, 3, 8], 4, 48, 0.1),
+    "grid": lambda: ContextKVLM(V, D, C, H, 5, 4, 48, 0.1, "grid"),
+    "grid_intervals": lambda: ContextKVLM(V, D, C, H, [1, 3, 3, 8], 4, 48, 0.1, "grid"),
+    "one_context": lambda: ContextKVLM(V, D, C, H, 5, 1, 48, 0.1),
+    "one_context_grid": lambda: ContextKVLM(V, D, C, H, 5, 1, 48, 0.1, "grid"),
+    "transformer": lambda: TransformerLM(V, D, H, 48, 0.1),
+    "sliding_window": lambda: TransformerLM(V, D, H, 48, 0.1, 7),
+    "recurrence": lambda: RecurrenceLM(V, D, C, 48, 0.1),
+    "cascade": lambda: CascadeLM(V, D, C),
+}
+
+
+def made(name, seed=0):
+    torch.manual_seed(seed)
+    return MODELS[name]().eval().requires_grad_(False)
+
+
+def parallel_logits(model, tokens):
+    """Logits (N, V) of the whole text at once, over exact contexts or over the embeddings."""
+    embeddings = model.embed(tokens)
+    contexts = [solve_contexts(encoder, embeddings)[0] for encoder in model.encoders()]
+    memory = torch.cat(contexts, dim=1) if contexts else embeddings
+    return model.logits(model(embeddings[None], memory[None]))[0]
+
+
+@pytest.mark.parametrize("keep", ["contexts", "kv"])
+@pytest.mark.parametrize("name", MODELS)
+def test_stepping_equals_the_parallel_pass_at_every_position(name, keep):
+    model, tokens = made(name), torch.randint(0, V, (90,))
+    decoder = Decoder(model, keep=keep)
+    stepped = torch.cat([decoder.step(token[None]) for token in tokens])
+    torch.testing.assert_close(stepped, parallel_logits(model, tokens), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("keep", ["contexts", "kv"])
+@pytest.mark.parametrize("length", [1, 2, 5, 6, 16, 41, 300])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_leaves_the_state_of_stepping_through_it(name, length, keep):
+    model, tokens = made(name), torch.randint(0, V, (2, length + 20))
+    fast, slow = Decoder(model, 2, keep), Decoder(model, 2, keep)
+    logits = fast.read(tokens[:, :length])
+    for token in tokens[:, :length].T:
+        expected = slow.step(token)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    for token in tokens[:, length:].T:  # what is kept is what later steps read
+        torch.testing.assert_close(fast.step(token), slow.step(token), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("keep", ["contexts", "kv"])
+@pytest.mark.parametrize("name", MODELS)
+def test_bytes_of_state_are_those_of_a_decoder_that_has_read_so_much(name, keep):
+    model = made(name)
+    decoder = Decoder(model, keep=keep)
+    for n in range(1, 40):
+        decoder.step(torch.tensor([1]))
+        assert state_bytes(model, n, keep) == sum(x.numel() * 4 for x in decoder.kept().values())
+    assert {k: x.shape for k, x in kept_tensors(model, 39, keep).items()} == {
+        k: x.shape for k, x in decoder.kept().items()
+    }
+
+
+def test_a_published_decoder_keeps_its_window_and_on_the_grid_exactly_max_contexts():
+    strided, grid = ContextKVLM(50, 768), ContextKVLM(50, 768, selection="grid")
+    for n in (1, 1_000, 100_000):
+        assert state_bytes(strided, n) == 621 * 256 * 4
+        assert state_bytes(grid, n) == 32 * 256 * 4
+    assert state_bytes(strided, 1, "kv") == 620 * 2 * 768 * 4 + 256 * 4
+    assert state_bytes(TransformerLM(50, 768, 8, 8, 0.0), 1_000) == 1_000 * 2 * 768 * 4
+    assert state_bytes(TransformerLM(50, 768, 8, 8, 0.0, 103), 10**6) == 102 * 2 * 768 * 4
+
+
+def test_nothing_is_allocated_for_the_state_while_stepping():
+    decoder = Decoder(made("intervals"))
+    addresses = {name: tensor.data_ptr() for name, tensor in decoder.state.items()}
+    for _ in range(50):
+        decoder.step(torch.tensor([3]))
+    assert {name: tensor.data_ptr() for name, tensor in decoder.state.items()} == addresses
+
+
+def test_a_prompt_comes_first_and_has_tokens():
+    decoder = Decoder(made("grid"))
+    with pytest.raises(ValueError, match="0 tokens"):
+        decoder.read(torch.empty(1, 0, dtype=torch.long))
+    decoder.step(torch.tensor([1]))
+    with pytest.raises(ValueError, match="after 1"):
+        decoder.read(torch.tensor([[1, 2]]))

@@ -182,6 +182,10 @@ class Config:
     embeddings: str = choice("table", "tokens")
     """Store the normalised table once (V, D), or a row per token (N, D) as published."""
     cache_dir: str = "outputs/cache"
+    resume: str | None = None
+    """An interrupted run to go on with: its folder; `last`, the newest; or `auto`, one with these settings, if any."""
+    init_from: str | None = None
+    """A run whose trained weights are the start."""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
@@ -216,7 +220,7 @@ class Config:
     def effective(self) -> "Config":
         """This configuration with whatever its model does not read at the default: equal ones are one experiment."""
         plain, kept = Config(), copy.deepcopy(self)
-        kept.cache_dir, kept.embeddings = plain.cache_dir, plain.embeddings
+        kept.cache_dir, kept.embeddings, kept.resume = plain.cache_dir, plain.embeddings, None
         kept.trainer.enable_progress_bar = None
         if self.model.name == "sliding_window":
             kept.model.window_tokens = self.window_tokens
@@ -233,11 +237,33 @@ class Config:
         if self.data.source in ("text", "jsonl") and not self.data.files:
             found.append(f"data={self.data.source} needs files, for example 'data.files=[notes/*.jsonl]'")
         if self.data.source not in ("text", "jsonl") and self.data.files:
-            found.append(f"data.files has no effect with data.source={self.data.source}, choose data=text")
-        for name in ("validation", "test"):
-            span = getattr(self.data, name)
-            if len(span) != 2 or not 0 <= span[0] < span[1]:
-                found.append(f"data.{name}={span} must be [first, end) with 0 <= first < end")
+            reader = "jsonl" if self.data.source == "hub" else "text"
+            found.append(f"data.files has no effect with data.source={self.data.source}, choose data={reader}")
+        return [*found, *self._range_problems(), *self._embedding_problems()]
+
+    def _range_problems(self) -> list[str]:
+        spans = {"data.validation": self.data.validation, "data.test": self.data.test}
+        found = [
+            f"{name}={span} must be [first, end) with 0 <= first < end"
+            for name, span in spans.items()
+            if len(span) != 2 or not 0 <= span[0] < span[1]
+        ]
+        if not found and max(first for first, _ in spans.values()) < min(end for _, end in spans.values()):
+            found.append(" and ".join(f"{name}={span}" for name, span in spans.items()) + " overlap")
+        return found
+
+    def _embedding_problems(self) -> list[str]:
+        found = []
+        if self.data.source == "hub" and self.tokenizer.source == "bpe":
+            found.append(
+                "data.source=hub needs tokenizer=gpt2, for tokenizer=bpe would be learnt from the whole data set"
+            )
+        if self.embedding.source != "gpt2" and self.embedding.file is not None:
+            found.append(f"embedding.file has no effect with embedding={self.embedding.source}, choose embedding=gpt2")
+        if self.embedding.source == "gpt2" and (self.tokenizer.source, self.tokenizer.name) != ("tiktoken", "gpt2"):
+            found.append("embedding=gpt2 needs tokenizer=gpt2")
+        if self.embedding.source == "gpt2" and self.embedding.dim != 768:
+            found.append(f"embedding=gpt2 has embedding.dim=768, not {self.embedding.dim}")
         return found
 
     def _interval_problems(self) -> list[str]:
@@ -286,6 +312,14 @@ def keys(config: Any = None, prefix: str = "") -> list[str]:
     for spec in dataclasses.fields(Config() if config is None else config):
         value = getattr(Config() if config is None else config, spec.name)
         found += keys(value, f"{prefix}{spec.name}.") if dataclasses.is_dataclass(value) else [prefix + spec.name]
+    return found
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found
 
 

@@ -99,6 +99,8 @@ class ContextDataModule(L.LightningDataModule):
         self.token_store = Store.open(tokens)
         self.embedding_store = Store.open(embedding)
         self.streams: dict[str, Stream] = {}
+        self._training: WindowLoader | None = None
+        self._progress = {"passes": 0, "done": 0}
 
     @property
     def train_tokens(self) -> int:
@@ -145,7 +147,16 @@ class ContextDataModule(L.LightningDataModule):
         if self.in_phase_one:
             tokens, table = self._tokens("train")[self.pretrain_rows], self._normalised_table()
             return RunLoader(tokens, table, self.hparams["pretrain_batch_tokens"])
-        return self._windows("train", shuffle=True)
+        self._training = self._windows("train", shuffle=True)
+        self._training.load_state_dict(self._progress)
+        return self._training
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the training stream is read. Lightning would restore a loader's own state in mid-epoch only."""
+        return self._training.state_dict() if self._training is not None else self._progress
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._progress = state_dict
 
     def val_dataloader(self) -> "WindowLoader | list[Any]":
         return [] if self.in_phase_one else self._windows("validation")
@@ -281,7 +292,8 @@ class WindowLoader:
     def __init__(
         self, stream: Stream, history: int, batch_tokens: int, alignment: int = 1, *, seed: int | None = None
     ) -> None:
-        self.stream, self.history, self.seed, self.passes = stream, history, seed, 0
+        self.stream, self.history, self.seed = stream, history, seed
+        self.passes = self._done = self._goes_on_at = 0
         self.positions = len(stream.tokens) - 1
         windows = -(-self.positions // min(WINDOW, batch_tokens))
         self.length = -(-self.positions // windows // alignment) * alignment
@@ -297,9 +309,20 @@ class WindowLoader:
         if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.passes)
             order = torch.randperm(self.windows, generator=generator)
-        self.passes += 1
-        for chosen in order.tensor_split(self.batches):
+        self.passes, self._done, self._goes_on_at = self.passes + 1, self._goes_on_at, 0
+        for chosen in order.tensor_split(self.batches)[self._done :]:
+            self._done += 1
             yield self.batch(chosen)
+
+    def state_dict(self) -> dict[str, int]:
+        """Passes begun, and batches handed out in the last of them."""
+        return {"passes": self.passes, "done": self._done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The next pass is the rest of the one that was broken off, if one was."""
+        half_way = 0 < state["done"] < self.batches
+        self.passes = state["passes"] - half_way
+        self._goes_on_at = state["done"] if half_way else 0
 
     def batch(self, chosen: Tensor) -> Windows:
         """The windows of these numbers (B,)."""

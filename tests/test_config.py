@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from ctxkv_lightning.config import Config, check_key, keys, plain_options
+from ctxkv_lightning.door import CONF, check_command_line
 from ctxkv_lightning.errors import UserError
-from train import CONF, check_command_line
 
 KEYS = """
 interval selection heads max_contexts context_dim samples seed embeddings cache_dir
@@ -160,7 +160,7 @@ def test_an_outputs_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "outputs").touch()
     try:
         for arguments in ([], ["-m", "interval=2,3"]):
-            with pytest.raises(UserError, match=r"outputs/.* cannot be made .*set hydra.run.dir"):
+            with pytest.raises(UserError, match=r"outputs/.* cannot be made .*set hydra\.(run|sweep)\.dir"):
                 check_command_line(arguments)
     finally:
         (tmp_path / "outputs").unlink()

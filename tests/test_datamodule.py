@@ -183,3 +183,26 @@ def test_order_is_a_function_of_seed_and_pass():
     assert not torch.equal(first, order(one))
     assert not torch.equal(first, order(other))
     assert torch.equal(order(in_order), order(in_order))
+
+
+@pytest.mark.parametrize("stop", range(1, 13))
+def test_a_loader_goes_on_where_its_state_was_taken(stop):
+    """Two passes of six batches, broken off after `stop` of them."""
+    stream = Stream(torch.arange(56), torch.zeros(56, 1), torch.arange(56), (torch.zeros(56, 1),))
+
+    def batches(loader, count):
+        seen = []
+        while len(seen) < count:
+            for windows in loader:
+                seen.append(windows.tokens.tolist())
+                if len(seen) == count:
+                    break  # as Lightning does, which knows the length: the iterator is not exhausted
+        return seen
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datamodule, "WINDOW", 10)
+        whole, first, second = (WindowLoader(stream, 0, 10, seed=3) for _ in range(3))
+    expected = batches(whole, 14)
+    before = batches(first, stop)
+    second.load_state_dict(first.state_dict())
+    assert before + batches(second, 14 - stop) == expected

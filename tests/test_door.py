@@ -7,19 +7,28 @@ from pathlib import Path
 
 import pytest
 
+from ctxkv_lightning.door import check_command_line
 from ctxkv_lightning.errors import EXIT_CODE, UserError
-from train import check_command_line
 
 ROOT = Path(__file__).parent.parent
 
 STAND_IN = """
-import runpy, sys, types
+import json, runpy, sys, types
 from ctxkv_lightning.errors import UserError
+
+def finish(folder, val_ppl):
+    (folder / "metrics.json").write_text(json.dumps({{"result": {{"val_ppl": val_ppl}}}}))
+    return float(val_ppl)
 
 def run_experiment(config, folder):
     {body}
 
+def write_comparison(folders, output):
+    (output / "report.html").write_text(" ".join(sorted(folder.name for folder in folders)))
+    return output / "report.html"
+
 sys.modules["ctxkv_lightning.pipeline"] = types.SimpleNamespace(run_experiment=run_experiment)
+sys.modules["ctxkv_lightning.report.comparison"] = types.SimpleNamespace(write_comparison=write_comparison)
 sys.argv[0] = {door!r}
 runpy.run_path({door!r}, run_name="__main__")
 """
@@ -112,29 +121,6 @@ def test_a_folder_with_something_in_it_stays(here):
     assert listing(here) == ["mine", "mine/log"]
 
 
-def test_a_failing_trial_does_not_stop_the_others(here):
-    body = """
-    if config.interval == 2:
-        raise UserError("no file a.txt.")
-    if config.interval == 3:
-        raise RuntimeError("a bug")
-    (folder / "x").touch()
-    return 1.0"""
-    done = door(here, "-m", "interval=2,3,4", "hydra.sweep.dir=sweep", body=body)
-    assert done.returncode == EXIT_CODE
-    assert "error in trial interval=2: no file a.txt." in done.stderr
-    assert "RuntimeError: a bug" in done.stderr
-    assert listing(here) == ["sweep", "sweep/2", "sweep/2/x", "sweep/multirun.yaml"]
-
-
-def test_a_sweep_that_comes_to_nothing_leaves_nothing(here):
-    done = door(here, "-m", "interval=2,3", body="raise UserError(f'no {config.interval}.')")
-    assert done.returncode == EXIT_CODE
-    assert "error in trial interval=2: no 2." in done.stderr
-    assert "error in trial interval=3: no 3." in done.stderr
-    assert listing(here) == []
-
-
 def test_a_bug_keeps_its_traceback_and_an_interrupt_has_none(here):
     bug = door(here, body="raise RuntimeError('a bug')")
     assert bug.returncode == 1
@@ -159,7 +145,10 @@ def test_a_bug_keeps_its_traceback_and_an_interrupt_has_none(here):
         ("data.files=x.txt", r"give a list such as \[a,b\]"),
         ("train={lrr:0.1}", "no key 'train'"),
         ("-m interval=range(3,3)", "no trial at all"),
-        ("-m experiment=glob(*) interval=-1", "interval=-1 must be a whole number, at least 1"),
+        ("-m experiment=glob(qu*) interval=-1", "interval=-1 must be a whole number, at least 1"),
+        ("-m experiment=glob(*)", "is a sweep already: run it by itself"),
+        ("-m interval=2,3 hydra.sweep.subdir=x", "hydra.sweep.subdir is not offered"),
+        ("-m interval=2,3 hydra/launcher=jobli", r"did you mean joblib\?|does not exist"),
         ("hydra.mode=MULTIRUN interval=20,-3", "interval=-3 must be a whole number, at least 1"),
         ("+hydra.callbacks.x._target_=webbrowser.open", "foreign code"),
     ],

@@ -64,8 +64,22 @@ class OACDPretrainModule(L.LightningModule):
         self._still = 0.0
         self._started = 0.0
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Between two iterations, the contexts and the history are all that a checkpoint lacks."""
+        checkpoint["contexts"], checkpoint["history"] = self.contexts, self.history
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.contexts, self.history = checkpoint["contexts"], checkpoint["history"]
+
+    def on_train_start(self) -> None:
+        """An interrupted phase that had reached its goal does not go on."""
+        self.trainer.should_stop = self.trainer.should_stop or bool(self.history and self.stopped_by != "limit")
+
     def on_fit_start(self) -> None:
         """Draws the random start N(0, 0.01²): the contexts (N, C) that the first iteration reads."""
+        if len(self.contexts):
+            self.contexts = self.contexts.to(self.device)
+            return
         N, C = self.trainer.datamodule.pretrain_tokens, self.hparams["context_dim"]  # type: ignore[attr-defined]
         self.contexts = scratch(N, C, self.device)
         for rows in self.contexts.split(ROWS_AT_A_TIME):
@@ -98,11 +112,14 @@ class OACDPretrainModule(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         rate = self._still / len(self.contexts)
         loss = float(torch.stack(self._losses).mean())
-        self.log_dict({"pretrain/loss": loss, CONVERGENCE: rate}, prog_bar=True)
+        row = {"pretrain/loss": loss, CONVERGENCE: rate}
+        self.log_dict(row, prog_bar=True, logger=False)
+        if self.trainer.logger is not None:  # now, so that a checkpoint saved after this hook finds it logged
+            self.trainer.logger.log_metrics({"epoch": self.current_epoch, **row}, step=self.global_step - 1)
         seconds = time.perf_counter() - self._started
-        row = {"iteration": self.current_epoch + 1, "loss": loss, "convergence_rate": rate, "seconds": seconds}
-        self.history.append(row)
-        log.info(f"  iteration {row['iteration']:2d}  loss {loss:8.4f}  converged {rate:6.1%}  {seconds:.1f} s")
+        iteration = {"iteration": self.current_epoch + 1, "loss": loss, "convergence_rate": rate, "seconds": seconds}
+        self.history.append(iteration)
+        log.info(f"  iteration {iteration['iteration']:2d}  loss {loss:8.4f}  converged {rate:6.1%}  {seconds:.1f} s")
         if self.stopped_by == "plateau":
             self.trainer.should_stop = True
 

@@ -58,6 +58,7 @@ class ContextKVLMModule(L.LightningModule):
             window_tokens,
         )  # fmt: skip
         self.train_ppl, self.val_ppl, self.test_ppl = Perplexity(), Perplexity(), Perplexity()
+        self.train_ppl.persistent(True)  # an epoch that is interrupted is summed up over all its steps
         self.val_accuracy, self.test_accuracy = MeanMetric(), MeanMetric()
         self.register_buffer("broken", torch.zeros((), dtype=torch.bool), persistent=False)
 
@@ -72,7 +73,7 @@ class ContextKVLMModule(L.LightningModule):
         loss = nll.mean()
         self._refuse_broken_updates(loss.detach(), batch_index)
         self.train_ppl.update(nll.detach())
-        self.log("train/ppl", self.train_ppl, on_step=False, on_epoch=True)
+        self.log("train/ppl", self.train_ppl, on_step=False, on_epoch=True, logger=False)
         self.log("train/loss", loss.detach(), on_step=True, on_epoch=False)
         self.log("ppl", loss.detach().exp(), on_step=True, on_epoch=False, prog_bar=True, logger=False)
         return loss
@@ -92,8 +93,15 @@ class ContextKVLMModule(L.LightningModule):
                 f"lower train.lr (now {self.hparams['lr']:g}); the checkpoints saved so far are good"
             )
 
+    def on_train_epoch_start(self) -> None:
+        """Not called where an epoch goes on half-way: then the metric goes on too, from the checkpoint."""
+        self.train_ppl.reset()
+
     def on_train_epoch_end(self) -> None:
         logged = self.trainer.callback_metrics
+        if self.trainer.logger is not None:  # now, so that a checkpoint saved after this hook finds it logged
+            row = {"epoch": self.current_epoch, "train/ppl": float(logged["train/ppl"])}
+            self.trainer.logger.log_metrics(row, step=self.global_step - 1)
         log.info(
             f"  epoch {self.current_epoch + 1:2d}  train PPL {logged['train/ppl']:8.1f}  "
             f"val PPL {logged[MONITOR]:8.1f}  val accuracy {logged['val/accuracy']:5.1%}"

@@ -60,13 +60,28 @@ class ProgressBar(RichProgressBar):
 
 
 class History(Callback):
-    """Keeps one row per training epoch: the logged metrics named in `columns`, seconds and tokens per second."""
+    """Keeps one row per training epoch: the logged metrics named in `columns`, seconds and tokens per second.
+
+    Rows go into the checkpoint, and with them whether training has been told to stop: a run killed between its last
+    checkpoint and its end does not train on.
+    """
 
     def __init__(self, columns: dict[str, str], tokens: int) -> None:
         self.columns = columns
         self.tokens = tokens
         self.epochs: list[dict[str, float]] = []
+        self.stopped = False
         self._started = self._trained = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs, "stopped": self.stopped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epochs, self.stopped = state_dict["epochs"], state_dict["stopped"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.perf_counter()  # an epoch that is resumed half-way is timed from here
+        trainer.should_stop = trainer.should_stop or self.stopped
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.perf_counter()
@@ -80,6 +95,7 @@ class History(Callback):
         row |= {column: float(trainer.callback_metrics[name]) for column, name in self.columns.items()}
         row |= {"seconds": seconds, "tokens_per_second": self.tokens / (self._trained - self._started)}
         self.epochs.append(row)
+        self.stopped = trainer.should_stop
 
 
 class Stages:

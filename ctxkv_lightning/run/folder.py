@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ctxkv_lightning.errors import UserError
 
@@ -61,6 +61,21 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def identity(self) -> Path:
+        """Hashes of the text and the tokenizer."""
+        return self.path / "data.json"
+
+    @property
+    def pretrain_checkpoint(self) -> Path:
+        """Phase 1, interrupted; gone once it has ended."""
+        return self.path / "pretrain.ckpt"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Phase 2, where it stands."""
+        return self.checkpoints / "last.ckpt"
+
+    @property
     def metrics(self) -> Path:
         """Every number of the run, for programs."""
         return self.path / "metrics.json"
@@ -80,7 +95,7 @@ class RunFolder:
         """What the run printed."""
         return self.path / "train.log"
 
-    def logs(self, phase: Literal["pretrain", "train"]) -> Path:
+    def logs(self, phase: str) -> Path:
         """The folder whose `metrics.csv` has the logged history of `phase`."""
         return self.path / phase
 
@@ -108,6 +123,10 @@ class RunFolder:
     def write_config(self, text: str) -> None:
         """Replaces `config.yaml` as a whole; raises UserError when the disk refuses."""
         _write(self.config, text)
+
+    def write_identity(self, hashes: dict[str, str]) -> None:
+        """Writes the hashes of text and tokenizer; raises UserError when the disk refuses."""
+        _write(self.identity, json.dumps(hashes, indent=2) + "\n")
 
     def write_report(self, text: str) -> None:
         """Replaces `report.md` as a whole; raises UserError when the disk refuses."""

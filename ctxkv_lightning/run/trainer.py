@@ -1,25 +1,74 @@
 """Lightning's Trainer as every phase uses it."""
 
+import csv
 import logging
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 
 from ctxkv_lightning.run.callbacks import ProgressBar
+from ctxkv_lightning.run.checkpoint import VerifiedCheckpointIO
 from ctxkv_lightning.run.folder import RunFolder
 
 
+class KeptCSVLogger(CSVLogger):
+    """Lightning's, which deletes the rows of an earlier attempt; this one keeps those of the first `kept_steps` steps.
+
+    What a killed run had logged after its last checkpoint is logged again.
+    """
+
+    def __init__(self, run: RunFolder, phase: str, kept_steps: int) -> None:
+        super().__init__(run.path, name="", version=phase)
+        self._kept = [row for row in _rows(run.logs(phase) / "metrics.csv") if int(row["step"]) < kept_steps]
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        fresh = self._experiment is None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the rows that it says it deletes are at hand
+            writer = super().experiment
+        if fresh:
+            writer.metrics += [{key: value for key, value in row.items() if value != ""} for row in self._kept]
+        return writer
+
+
+def _rows(file: Path) -> list[dict[str, str]]:
+    if not file.exists():
+        return []
+    with file.open(newline="", encoding="utf-8") as lines:
+        return [row for row in csv.DictReader(lines) if (row.get("step") or "").isdigit()]
+
+
+class FlushLogs(L.Callback):
+    """Writes the log before each checkpoint: rows still in memory would be lost with a killed process."""
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        for logger in trainer.loggers:
+            logger.save()
+
+
 def make_trainer(
-    hardware: dict[str, Any], run: RunFolder, phase: str, *, steps: int, callbacks: list[L.Callback], **options: Any
+    hardware: dict[str, Any],
+    run: RunFolder,
+    phase: str,
+    *,
+    steps: int,
+    callbacks: list[L.Callback],
+    kept_steps: int = 0,
+    **options: Any,
 ) -> L.Trainer:
     """A Trainer that logs `phase`, of so many steps an epoch, into the run folder; a progress bar where one is seen.
 
     `hardware` and `options` are the Trainer's own arguments, `options` having the last word;
-    `enable_progress_bar` may be None for "in a terminal".
+    `enable_progress_bar` may be None for "in a terminal". `kept_steps` is where a resumed phase goes on: the rows
+    logged before it stay.
     """
     hardware = dict(hardware)
     visible = hardware.pop("enable_progress_bar")
@@ -28,13 +77,18 @@ def make_trainer(
     return L.Trainer(
         **{**hardware, **options},
         default_root_dir=run.path,
-        logger=CSVLogger(run.path, name="", version=phase),
+        logger=KeptCSVLogger(run, phase, kept_steps),
+        plugins=[VerifiedCheckpointIO()],
         log_every_n_steps=min(10, steps),
         num_sanity_val_steps=0,
         enable_model_summary=False,
         enable_progress_bar=visible,
         # Reading a metric to show it makes the host wait for a GPU, whose steps take milliseconds.
-        callbacks=[*callbacks, *([ProgressBar(10 if torch.cuda.is_available() else 1)] if visible else [])],
+        callbacks=[
+            *callbacks,
+            FlushLogs(),
+            *([ProgressBar(10 if torch.cuda.is_available() else 1)] if visible else []),
+        ],
     )
 
 
@@ -42,4 +96,5 @@ def _quiet_lightning() -> None:
     """Silences what Lightning says that no user can act on."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*`val_dataloader` but have no `validation_step`")  # Phase 1 validates nothing
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # a resumed run has one
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")  # Lightning 2.6's own call into torch 2.13

@@ -1,25 +1,21 @@
 """Documents in; training, validation and test documents out.
 
-Two sources: the English documentation in this Python installation (`read_pydocs`), and the user's own
-files (`read_files`). `split` then holds validation and test documents back. What they are depends on the
+One source stands here, the English documentation in this Python installation (`read_pydocs`); `files` reads the
+user's own. `split` then holds validation and test documents back. What they are depends on the
 documents alone: not on their order, not on where the files lie, and not on how many samples train.
 This module knows nothing about tokens.
 """
 
 import ast
-import glob
 import hashlib
-import json
-import os
 import re
 import sysconfig
-import tempfile
 import tokenize
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ctxkv_lightning.errors import UserError
 
@@ -46,6 +42,8 @@ class Corpus:
     train: tuple[Document, ...]
     validation: tuple[Document, ...]
     test: tuple[Document, ...]
+    train_separator: str = SEPARATOR
+    """Stands between training documents; between those held out it is always `SEPARATOR`."""
 
     def first(self, samples: int | None) -> tuple[Document, ...]:
         """The first `samples` training documents, None for all; a UserError where there are fewer."""
@@ -117,118 +115,6 @@ def _entries(node: ast.AST, scope: str) -> Iterator[tuple[str, str]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.stmt | ast.excepthandler):
             yield from _entries(child, scope)
-
-
-def read_files(patterns: Sequence[str], errors: str = "strict") -> list[Document]:
-    """The documents in the files that match `patterns` (globs, `**` and `~` too), read by `datasets`.
-
-    A .txt or .md file is one document; a .jsonl file holds one per line, with `text`, or with `messages`
-    whose contents a newline joins. Line ends become "\\n", a byte order mark is dropped, and so are documents
-    of whitespace only. `errors` says what happens to bytes that are not UTF-8, as in `bytes.decode`.
-    Whatever cannot be read is a UserError that names the file, and the line where there is one.
-    """
-    paths = _matching(patterns)
-    for path in paths:
-        _check_file(path, errors)
-    whole = [path for path in paths if path.suffix.lower() != ".jsonl"]
-    lined = [path for path in paths if path.suffix.lower() == ".jsonl"]
-    documents = [Document(str(path), text) for path, text in zip(whole, _load(whole, "document", errors), strict=True)]
-    documents += [document for path in lined for document in _records(path, errors)]
-    documents = [document for document in documents if document.text.strip()]
-    if not documents:
-        raise UserError(f"data.files={list(patterns)} holds no text: every document is blank.")
-    return documents
-
-
-def _matching(patterns: Sequence[str]) -> list[Path]:
-    """The files, each once, in the order of the patterns and sorted within one."""
-    found: dict[Path, Path] = {}
-    for pattern in patterns:
-        expanded = os.path.expanduser(pattern)
-        names = [expanded] if os.path.exists(expanded) else sorted(glob.glob(expanded, recursive=True))
-        files = [Path(name) for name in names if not os.path.isdir(name)]
-        if not files and os.path.isdir(expanded):
-            raise UserError(f"data.files: {pattern} is a folder, name the files in it, for example {pattern}/**/*.txt.")
-        if not files:
-            raise UserError(f"data.files: no file matches {pattern} (looked from {os.getcwd()}).")
-        for path in files:
-            found.setdefault(path.resolve(), path)
-    return list(found.values())
-
-
-def _check_file(path: Path, errors: str) -> None:
-    """Raises the UserError that `datasets` would hide: it names neither file nor byte."""
-    if path.suffix.lower() not in {".txt", ".md", ".jsonl"}:
-        raise UserError(f"data.files: {path} is not a .txt, .md or .jsonl file.")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"data.files: {path} cannot be read ({error.strerror}).") from None
-    if not content:
-        raise UserError(f"data.files: {path} is empty.")
-    if errors == "strict":
-        try:
-            content.decode()
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"data.files: {path} is not valid UTF-8 at byte {error.start}: convert it, or set data.errors=replace."
-            ) from None
-
-
-def _load(paths: Sequence[Path], sample_by: str, errors: str) -> list[str]:
-    """Texts of the files: one a file (`sample_by` "document") or one a line ("line"), in order."""
-    if not paths:
-        return []
-    import datasets  # half a second that data=pydocs need not wait for
-
-    files = [glob.escape(os.path.abspath(path)) for path in paths]
-    decoding = {"encoding": "utf-8-sig", "encoding_errors": errors}
-    quiet = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        # Streaming converts nothing; the folder catches the lock and keeps the user's home untouched.
-        with tempfile.TemporaryDirectory() as folder:
-            source: dict[str, Any] = {"data_files": files, "split": "train", "streaming": True, "cache_dir": folder}
-            rows = datasets.load_dataset("text", sample_by=sample_by, **source, **decoding)
-            return [row["text"] for row in rows]
-    except Exception as error:  # fsspec, pyarrow and datasets share no base class
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"data.files: datasets cannot read {', '.join(map(str, paths[:3]))} ({reason}).") from error
-    finally:
-        if not quiet:
-            datasets.enable_progress_bars()
-
-
-def _records(path: Path, errors: str) -> Iterator[Document]:
-    """The documents of a .jsonl file.
-
-    `datasets` hands over lines, not records: its JSON builder wants every record in the shape of the first,
-    fails on blank lines and cannot say which line is broken.
-    """
-    for number, line in enumerate(_load([path], "line", errors), start=1):
-        place = f"data.files: {path}, line {number}"
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{place} is not JSON ({getattr(error, 'msg', error)}).") from None
-            yield Document(f"{path}:{number}", _record_text(record, place, errors))
-
-
-def _record_text(record: Any, place: str, errors: str) -> str:
-    text = record.get("text") if isinstance(record, dict) else None
-    if text is None and isinstance(record, dict) and isinstance(record.get("messages"), list):
-        contents = [message.get("content") if isinstance(message, dict) else None for message in record["messages"]]
-        if not all(isinstance(content, str) for content in contents):
-            raise UserError(f"{place} has a message whose `content` is not text.")
-        text = "\n".join(map(str, contents))
-    if not isinstance(text, str):
-        raise UserError(f"{place} has neither a `text` nor `messages`.")
-    try:
-        # JSON can spell half of a surrogate pair, which UTF-8 cannot hold.
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", errors)
-    except UnicodeDecodeError:
-        raise UserError(f"{place} has half of a surrogate pair: mend it, or set data.errors=replace.") from None
 
 
 def split(documents: Iterable[Document], heldout_bytes: int) -> Corpus:

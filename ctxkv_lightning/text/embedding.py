@@ -1,19 +1,24 @@
-"""The frozen table E: one vector per token, made from the training stream alone or from nothing.
+"""The frozen table E: one vector per token, made from the training stream alone or from nothing, or GPT-2's.
 
 A table is a float32 tensor `(V, D)`, a function of its arguments: same inputs, same bits (on one machine, with
-one number of threads), and the global random states stay as they were. Its one free constant, the scale, is
-set by `calibrate`.
+one number of threads), and the global random states stay as they were. The one free constant of those made
+here, the scale, is set by `calibrate`; GPT-2's is taken as it is.
 Letters: `N` tokens of the stream, `V` vocabulary size, `D` embedding dimension.
 """
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from scipy import optimize, sparse
+
+from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.text import hub
 
 Ids = NDArray[np.int64]
 
@@ -47,6 +52,11 @@ PAIRS_AT_A_TIME = 1 << 20
 """Pairs of neighbours counted at a time: bounds memory where N is large."""
 
 TINY = float(np.finfo(np.float32).tiny)
+
+GPT2_NAMES = ("wte.weight", "transformer.wte.weight")
+"""What GPT-2's embedding is called in its safetensors files, without and with the language model around it."""
+
+GPT2_SHAPE = (50257, 768)
 
 SAMPLE = 1024
 """Token pairs whose mean loss `calibrate` measures."""
@@ -137,6 +147,28 @@ def random_table(vocab_size: int, dim: int, seed: int = 42) -> torch.Tensor:
     table = _normal(vocab_size, dim, seed, "table")
     uniform = np.random.default_rng(seed).integers(0, vocab_size, SAMPLE + 1)
     return calibrate(table, uniform, seed)
+
+
+def gpt2_table(file: str | None = None) -> torch.Tensor:
+    """GPT-2's token embedding, `(50257, 768)`, from a safetensors file, of which nothing else is read.
+
+    `file` None: the file on the hub. A UserError where there is no such file, or none with such a tensor.
+    """
+    path = Path(file).expanduser() if file is not None else Path(hub.gpt2_weights())
+    place = f"embedding.file={path}"
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            name = next((name for name in GPT2_NAMES if name in tensors.keys()), None)  # noqa: SIM118 - no mapping
+            if name is None:
+                raise UserError(f"{place} has no tensor {' or '.join(GPT2_NAMES)}: give a file of GPT-2's weights.")
+            shape = tuple(tensors.get_slice(name).get_shape())
+            if shape != GPT2_SHAPE:
+                raise UserError(f"{place} has {name} of shape {shape}, but embedding=gpt2 needs {GPT2_SHAPE}.")
+            return tensors.get_tensor(name).float()
+    except FileNotFoundError:
+        raise UserError(f"{place} does not exist: 'python -m ctxkv_lightning fetch FOLDER' makes it.") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{place} is not a readable safetensors file ({str(error).splitlines()[0]}).") from None
 
 
 def calibrate(table: torch.Tensor, ids: Ids, seed: int = 42) -> torch.Tensor:

@@ -101,6 +101,19 @@ def load_encoding(name: str) -> tiktoken.Encoding:
     raise result if isinstance(result, UserError) else _out_of_reach(name, result)
 
 
+def fetch_encoding(name: str, folder: Path) -> None:
+    """Has tiktoken put the files of its encoding `name` into `folder`; what is there and intact it does not fetch."""
+    before = os.environ.get("TIKTOKEN_CACHE_DIR")
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
+    tiktoken.registry.ENCODINGS.pop(name, None)  # one that is loaded already would touch no file
+    try:
+        load_encoding(name)
+    finally:
+        del os.environ["TIKTOKEN_CACHE_DIR"]
+        if before is not None:
+            os.environ["TIKTOKEN_CACHE_DIR"] = before
+
+
 def _unknown(name: str, known: Sequence[str]) -> UserError:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     guess = f" (did you mean {near[0]}?)" if near else ""
@@ -110,10 +123,11 @@ def _unknown(name: str, known: Sequence[str]) -> UserError:
 def _out_of_reach(name: str, error: Exception) -> UserError:
     folder = os.environ.get("TIKTOKEN_CACHE_DIR")
     place = f"TIKTOKEN_CACHE_DIR={folder}" if folder else "TIKTOKEN_CACHE_DIR, which is not set"
+    command = " ('python -m ctxkv_lightning fetch FOLDER' does it)" if name == "gpt2" else ""
     return UserError(
         f"The files of tiktoken's encoding {name} are not in {place}, and cannot be fetched from here "
-        f"({type(error).__name__}): fetch them once on a machine with network, and set TIKTOKEN_CACHE_DIR to the "
-        "folder that holds them."
+        f"({type(error).__name__}): fetch them once on a machine with network{command}, and set TIKTOKEN_CACHE_DIR to "
+        "the folder that holds them."
     )
 
 
@@ -140,13 +154,13 @@ def load_ranks(path: Path) -> tiktoken.Encoding:
     return _encoding(ranks)
 
 
-def encode_documents(encoding: tiktoken.Encoding, texts: Sequence[str]) -> np.ndarray:
-    """The ids (N,) int32 of one stream: the texts with `SEPARATOR` between them.
+def encode_documents(encoding: tiktoken.Encoding, texts: Sequence[str], separator: str = SEPARATOR) -> np.ndarray:
+    """The ids (N,) int32 of one stream: the texts with `separator` between them.
 
     Each text is encoded by itself, together with the separator that follows it; special tokens in it are
     plain text. Memory beyond the ids is that of the longest text.
     """
-    ends = [SEPARATOR] * (len(texts) - 1) + [""]
+    ends = [separator] * (len(texts) - 1) + [""]
     chunks = [
         np.asarray(encoding.encode_ordinary(piece), dtype=np.int32)
         for text, end in zip(texts, ends, strict=False)

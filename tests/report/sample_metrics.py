@@ -1,6 +1,9 @@
-"""A whole `metrics.json`, with the numbers of the published run (DESIGN §2) where it gave any."""
+"""A whole `metrics.json`, with the numbers of the published run (DESIGN §2) where it gave any, and made-up sweeps."""
 
+import json
 import math
+import random
+from pathlib import Path
 from typing import Any
 
 TRAIN_TOKENS, VAL_TOKENS, TEST_TOKENS, VOCABULARY, D, C = 122_794, 22_800, 24_310, 50_257, 768, 256
@@ -71,6 +74,143 @@ def sample_metrics(
         "seconds": {"text": 1.1, "pretrain": 7.0, "contexts": 0.6, "train": 89.2, "total": 97.9},
         "attention": {"slot_weights": [_slot_weights(head, max_contexts) for head in range(heads)]},
     }
+
+
+def model_metrics(
+    model: str = "context_kv",
+    *,
+    seed: int = 42,
+    samples: int = 100,
+    interval: int | list[int] = 20,
+    max_contexts: int = 32,
+    selection: str = "strided",
+    window_tokens: int | None = None,
+    val_ppl: float | None = None,
+) -> dict[str, Any]:
+    """The metrics of a run of any model as the pipeline writes them now; PPL follows a made-up law unless given."""
+    metrics = sample_metrics(interval=20, max_contexts=max_contexts)
+    config = metrics["config"]
+    config.update(interval=interval, selection=selection, seed=seed, samples=samples)
+    config["model"].update(name=model, window_tokens=window_tokens)
+    metrics["data"]["train_documents"] = samples
+    span = (max_contexts - 1) * (max(interval) if isinstance(interval, list) else interval) + 1
+    k = window_tokens or max(1, span * C // (2 * D))
+    metrics["window"] = _window(model, interval, max_contexts, selection, span, k)
+    metrics["decode_state"] = _decode_state(model, max_contexts if selection == "grid" else span, k)
+    if model in ("transformer", "sliding_window"):
+        metrics["pretrain"] = metrics["contexts"] = None
+    if model == "cascade":
+        metrics["pretrain"]["encoders"] = [_pretrain(18), {**_pretrain(9), "effective_rank": 0.8}]
+    intervals = interval if isinstance(interval, list) else [interval] * 8
+    distances = [[slot * each for slot in range(max_contexts)] for each in intervals]
+    metrics["attention"] = {**metrics["attention"], "distances": distances} if model == "context_kv" else None
+    ppl = val_ppl or _law(model, samples, intervals, max_contexts, selection, k, seed)
+    _scale(metrics, ppl / metrics["result"]["val_ppl"])
+    return metrics
+
+
+def _window(
+    model: str, interval: int | list[int], max_contexts: int, selection: str, span: int, k: int
+) -> dict[str, Any]:
+    if model != "context_kv":
+        spans = {"transformer": None, "sliding_window": k}
+        nothing = dict.fromkeys(("interval", "max_contexts", "selection", "theoretical_max"))
+        return {**nothing, "span_tokens": spans.get(model, 1)}
+    least = min(interval) if isinstance(interval, list) else interval
+    return {
+        "interval": interval,
+        "max_contexts": max_contexts,
+        "selection": selection,
+        "span_tokens": span,
+        "theoretical_max": TRAIN_TOKENS // least + 1,
+    }
+
+
+def _decode_state(model: str, contexts: int, k: int) -> dict[str, Any]:
+    def bytes_at(tokens: int) -> int:
+        match model:
+            case "context_kv":
+                return min(contexts, tokens) * C * 4
+            case "transformer":
+                return tokens * 2 * D * 4
+            case "sliding_window":
+                return min(k, tokens) * 2 * D * 4
+            case _:
+                return (2 if model == "cascade" else 1) * C * 4
+
+    shapes = {"transformer": {"kv": [1, 8, 1000, 192]}, "sliding_window": {"kv": [1, 8, k, 192]}}
+    contexts_shape = {"context": [1, C], "contexts": [1, contexts - 1, C]}
+    alone = {"context": [1, 2 * C if model == "cascade" else C]}
+    tensors = shapes.get(model, contexts_shape if model == "context_kv" else alone)
+    return {"tensors": tensors, "bytes": {str(n): bytes_at(n) for n in (1_000, 10_000, 100_000)}}
+
+
+def _law(model: str, samples: int, intervals: list[int], max_contexts: int, selection: str, k: int, seed: int) -> float:
+    floor = {"transformer": 96.0, "context_kv": 128.0, "sliding_window": 140.0, "cascade": 171.0}.get(model, 205.0)
+    if model == "context_kv":
+        floor *= 1 + 0.06 * abs(math.log(sum(intervals) / len(intervals) / 14)) + 0.7 / max_contexts
+        floor *= 1.035 if selection == "grid" else 1
+    if model == "sliding_window":
+        floor *= 1 + 1.1 / math.sqrt(k)
+    noise = random.Random(f"{model} {samples} {seed} {intervals} {max_contexts} {selection}").gauss(0, 0.012)
+    return (floor + 9000 * samples**-0.8) * (1 + noise)
+
+
+def _scale(metrics: dict[str, Any], factor: float) -> None:
+    for row in metrics["train"]["epochs"]:
+        row["train_ppl"] *= factor**0.7
+        row["val_ppl"] *= factor
+    best = min(metrics["train"]["epochs"], key=lambda row: row["val_ppl"])
+    result = metrics["result"]
+    result.update(
+        val_ppl=best["val_ppl"],
+        test_ppl=result["test_ppl"] * factor,
+        train_val_gap=best["val_ppl"] - best["train_ppl"],
+        val_accuracy=0.162 * factor**-0.4,
+    )
+
+
+def write_run(folder: Path, metrics: dict[str, Any]) -> Path:
+    """A finished run's folder."""
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    return folder
+
+
+def write_status(folder: Path, state: str, reason: str | None, **config: Any) -> Path:
+    """The folder of a trial that left nothing but its status."""
+    folder.mkdir(parents=True)
+    status = {
+        "state": state,
+        "reason": reason,
+        "overrides": [f"{key}={value}" for key, value in config.items()],
+        "config": config,
+        "started": "2026-11-24T09:00:00",
+        "ended": None if state == "running" else "2026-11-24T09:01:00",
+        "pid": 4711,
+        "host": "here",
+    }
+    (folder / "status.json").write_text(json.dumps(status), encoding="utf-8")
+    return folder
+
+
+def write_sweep(folder: Path) -> Path:
+    """Five models and the choices of context_kv at several samples, three seeds each, and two trials that failed."""
+    rivals = [{"model": model} for model in ("transformer", "sliding_window", "recurrence", "cascade", "context_kv")]
+    trials: list[dict[str, Any]] = [
+        {**rival, "samples": samples, "seed": seed}
+        for rival in rivals
+        for samples in (50, 100, 250, 500)
+        for seed in (1, 2, 3)
+    ]
+    choices = [{"selection": "grid"}, {"interval": [1, 1, 5, 5, 20, 20, 80, 80]}, {"interval": 50}, {"interval": 5}]
+    trials += [{**choice, "samples": 500, "seed": seed} for choice in choices for seed in (1, 2, 3)]
+    trials += [{"model": "sliding_window", "window_tokens": k, "samples": 500, "seed": 1} for k in (16, 32, 64, 256)]
+    for number, trial in enumerate(trials):
+        write_run(folder / str(number), model_metrics(**trial))
+    write_status(folder / "900", "failed", "interval=200000 must be below the 109,863 training tokens", interval=200000)
+    write_status(folder / "901", "interrupted", "signal 15")
+    return folder
 
 
 def _config(interval: int, heads: int, max_contexts: int) -> dict[str, Any]:

@@ -1,6 +1,4 @@
-import math
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +7,8 @@ import matplotlib.image
 import pytest
 
 from ctxkv_lightning.report import figures
-from ctxkv_lightning.report.figures import draw_all, spread
-from tests.report.sample_metrics import sample_metrics
+from ctxkv_lightning.report.figures import draw_all
+from tests.report.sample_metrics import model_metrics, sample_metrics
 
 NAMES = ["pretrain", "spectrum", "perplexity", "attention"]
 
@@ -104,9 +102,52 @@ def test_lines_name_themselves_and_the_best_epoch() -> None:
     assert axes.get_title() == "Best at epoch 5: validation PPL 361"
 
 
-@pytest.mark.parametrize("positions", [[], [0.5], [0.1, 0.5], [0.5, 0.5, 0.5], [0.4, 0.41, 0.42, 0.9]])
-def test_spread_keeps_order_and_distance(positions: list[float]) -> None:
-    placed = spread(positions, 0.1)
-    gaps = [b - a for a, b in pairwise(placed)]
-    assert all(gap >= 0.1 - 1e-4 for gap in gaps)
-    assert math.isclose(sum(placed), sum(positions), abs_tol=1e-9)
+PER_HEAD = [1, 1, 5, 5, 20, 20, 80, 80]
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ({}, NAMES),
+        ({"selection": "grid"}, NAMES),
+        ({"interval": PER_HEAD}, NAMES),
+        ({"interval": PER_HEAD, "max_contexts": 1}, NAMES),
+        ({"model": "cascade"}, NAMES[:3]),
+        ({"model": "recurrence"}, NAMES[:3]),
+        ({"model": "transformer"}, ["perplexity"]),
+        ({"model": "sliding_window"}, ["perplexity"]),
+    ],
+)
+def test_each_model_has_the_figures_that_it_has_numbers_for(
+    tmp_path: Path, choice: dict[str, Any], names: list[str]
+) -> None:
+    assert [path.stem for path in draw_all(model_metrics(**choice), tmp_path)] == names
+
+
+def test_attention_lies_at_the_distances_that_are_given() -> None:
+    figure = figures.attention(model_metrics(selection="grid", max_contexts=3))
+    assert figure is not None
+    assert figure.axes[0].get_xlabel() == "tokens back, on average"
+    assert list(figure.axes[0].lines[-1].get_xdata()) == [0, 20, 40]
+
+
+def test_heads_of_one_interval_share_a_line() -> None:
+    metrics = model_metrics(interval=PER_HEAD, max_contexts=4)
+    figure = figures.attention(metrics)
+    assert figure is not None
+    (axes,) = figure.axes
+    thick = [line for line in axes.lines if line.get_linewidth() == 2.6]
+    assert [list(line.get_xdata()) for line in thick] == [[k * i for k in range(4)] for i in (1, 5, 20, 80)]
+    weights = metrics["attention"]["slot_weights"]
+    assert list(thick[1].get_ydata()) == [
+        pytest.approx((a + b) / 2) for a, b in zip(weights[2], weights[3], strict=True)
+    ]
+    said = [text.get_text() for text in axes.texts]
+    assert said == ["2 heads,\nevery 1", "2 heads,\nevery 5", "2 heads,\nevery 20", "2 heads,\nevery 80", "uniform 1/4"]
+    assert all("-" not in label.get_text() for label in axes.get_yticklabels())
+
+
+def test_two_encoders_are_told_apart() -> None:
+    figure = figures.pretrain(model_metrics("cascade"))
+    assert figure is not None
+    assert figure.axes[0].get_title().startswith("Phase 1, first encoder: 92 %")

@@ -1,5 +1,6 @@
 import errno
 import io
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from rich.console import Console
 
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.report import page
-from ctxkv_lightning.report.page import render, summary, summary_table, thinned, write_report
+from ctxkv_lightning.report.markdown import table, thinned
+from ctxkv_lightning.report.page import render, summary, summary_table, write_report
 from ctxkv_lightning.run.folder import RunFolder
-from tests.report.sample_metrics import sample_metrics
+from tests.conftest import ROOT
+from tests.report.sample_metrics import model_metrics, sample_metrics
 
 
 def cells(text: str, first: str, section: str) -> list[str]:
@@ -165,7 +168,7 @@ def test_pipes_and_newlines_cannot_break_a_table() -> None:
     metrics = sample_metrics()
     metrics["config"]["data"]["files"] = ["a|b\nc"]
     assert "| `data.files` " in render(metrics, {})
-    assert page._table(("A",), [["x|y\nz"]]) == "| A      |\n| ------ |\n| x\\|y z |"
+    assert table(("A",), [["x|y\nz"]]) == "| A      |\n| ------ |\n| x\\|y z |"
 
 
 def test_a_missing_entry_is_one_sentence(tmp_path: Path) -> None:
@@ -210,3 +213,83 @@ def test_the_terminal_table_says_when_phase_1_was_reused() -> None:
     metrics = sample_metrics(iterations=0)
     metrics["result"]["test_ppl"] = None
     assert "(reused)" in printed(metrics)
+
+
+def test_the_recorded_run_still_has_the_recorded_report() -> None:
+    recorded = ROOT / "docs" / "default-run"
+    figures = {path.stem: f"figures/{path.name}" for path in (recorded / "figures").iterdir()}
+    said = render(json.loads((recorded / "metrics.json").read_text(encoding="utf-8")), figures)
+    assert said == (recorded / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ({}, "However long the text, a decoder keeps at most 635,904 bytes (636 KB) in fp32."),
+        ({"selection": "grid"}, "However long the text, a decoder keeps at most 32,768 bytes (33 KB) in fp32."),
+        ({"model": "cascade"}, "However long the text, a decoder keeps at most 2,048 bytes (2 KB) in fp32."),
+        ({"model": "recurrence"}, "However long the text, a decoder keeps at most 1,024 bytes (1 KB) in fp32."),
+        ({"model": "sliding_window"}, "However long the text, a decoder keeps at most 632,832 bytes (633 KB) in fp32."),
+        (
+            {"model": "transformer"},
+            "What a decoder keeps grows with the text: 6,144 KB in fp32 after 1,000 tokens, 61,440 KB after 10,000 and "
+            "614,400 KB after 100,000.",
+        ),
+        (  # 620,001 contexts fill up long after the last count
+            {"interval": 20_000},
+            "After 100,000 tokens a decoder keeps 102,400,000 bytes (102,400 KB) in fp32, and its window of 620,001 "
+            "tokens is not yet full.",
+        ),
+        (
+            {"interval": 1_000},
+            "However long the text, a decoder keeps at most 31,745,024 bytes (31,745 KB) in fp32.",
+        ),
+    ],
+)
+def test_what_a_decoder_keeps_is_true_of_each_model(choice: dict[str, Any], said: str) -> None:
+    assert summary(model_metrics(**choice)).endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("choice", "section", "first", "rest"),
+    [
+        ({}, "What a decoder keeps", "`contexts`", ["1 × 620 × 256"]),
+        ({}, "What a decoder keeps", "10,000", ["635,904", "0.61", "58.59"]),
+        ({}, "Context window", "Selection", ["strided: every I-th back from the current one"]),
+        ({"selection": "grid"}, "Context window", "Selection", ["grid: the current one and multiples of I"]),
+        ({"selection": "grid"}, "What a decoder keeps", "100,000", ["32,768", "0.03", "585.94"]),
+        ({"interval": [1, 20, 80, 5] * 2}, "Context window", "Interval I, by head", ["1, 20, 80, 5, 1, 20, 80, 5"]),
+        ({"model": "transformer"}, "What a decoder keeps", "`kv`", ["1 × 8 × 1,000 × 192"]),
+        ({"model": "transformer"}, "What a decoder keeps", "10,000", ["61,440,000", "58.59"]),
+        ({"model": "sliding_window"}, "Token window", "Tokens read at a position, its own included", ["103"]),
+        ({"model": "cascade"}, "Phase 1", "Iterations", ["18", "9"]),
+        ({"model": "cascade"}, "Phase 1", "Effective rank", ["82.2 %", "80.0 %"]),
+    ],
+)
+def test_sections_fit_the_model(choice: dict[str, Any], section: str, first: str, rest: list[str]) -> None:
+    assert cells(render(model_metrics(**choice), {}), first, section) == rest
+
+
+@pytest.mark.parametrize(
+    ("model", "absent"),
+    [
+        ("transformer", ["Phase 1", "Cache", "Context window", "Token window"]),
+        ("sliding_window", ["Phase 1", "Cache", "Context window"]),
+        ("recurrence", ["Context window", "Token window"]),
+        ("cascade", ["Context window", "Token window"]),
+        ("context_kv", ["Token window"]),
+    ],
+)
+def test_sections_that_say_nothing_of_the_model_are_left_out(model: str, absent: list[str]) -> None:
+    titles = re.findall(r"^## (.+)$", render(model_metrics(model), {}), re.MULTILINE)
+    optional = {"Phase 1", "Cache", "Context window", "Token window"}
+    assert optional - set(titles) == set(absent)
+    assert "What a decoder keeps" in titles
+
+
+def test_the_terminal_table_leaves_out_a_phase_that_was_not() -> None:
+    assert "Phase 1" not in printed(model_metrics("transformer"))
+    said = printed(model_metrics("cascade"))
+    assert "82.2 %, 80.0 %" in said
+    assert said.count("converged") == 2
+    assert max(map(len, said.splitlines())) <= 80

@@ -1,0 +1,189 @@
+"""Objects from the configuration: token streams, embedding table, data module, model, footing.
+
+What takes time leaves a store, so that another run that begins alike starts where the two part.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ctxkv_lightning.config import Config
+from ctxkv_lightning.datamodule import SPLITS, WINDOW, ContextDataModule
+from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.lm.module import ContextKVLMModule
+from ctxkv_lightning.run.callbacks import log
+from ctxkv_lightning.store import Store, create_array, get_or_build
+from ctxkv_lightning.text import conversations, embedding, ngram, tokenizer
+from ctxkv_lightning.text.corpus import SEPARATOR, Corpus, Document, read_pydocs, split
+from ctxkv_lightning.text.files import read_files
+
+ENCODERS: dict[str, tuple[tuple[int, int], ...]] = {
+    "context_kv": ((0, 1),),
+    "recurrence": ((0, 1),),
+    "cascade": ((0, 2), (1, 2)),
+    "transformer": (),
+    "sliding_window": (),
+}
+"""The part of the training text, as (number, of how many), that each encoder of a model is trained on."""
+
+
+class Text(NamedTuple):
+    """What the text stage hands on."""
+
+    documents: dict[str, tuple[Document, ...]]  # by split
+    tokens: Store
+    vocab_size: int
+
+
+def prepare_text(config: Config) -> Text:
+    """Documents to token streams."""
+    corpus = read_corpus(config)
+    chosen = {"train": corpus.first(config.samples), "validation": corpus.validation, "test": corpus.test}
+    encoding = build_encoding(config, corpus)
+    digests = {name: digest_of(part) for name, part in chosen.items()}
+    between = {**dict.fromkeys(chosen, SEPARATOR), "train": corpus.train_separator}
+    key = {"documents": digests, "between": between, "encoding": tokenizer.fingerprint(encoding)}
+
+    def build(folder: Path) -> None:
+        for name, part in chosen.items():
+            ids = tokenizer.encode_documents(encoding, [document.text for document in part], between[name])
+            create_array(folder, name, ids.shape, np.int32)[:] = ids
+
+    tokens = get_or_build(config.cache_dir, "tokens", key, build)
+    sizes = {name: len(tokens.array(name)) for name in SPLITS}
+    for name, size in sizes.items():
+        if size < 2:
+            raise UserError(f"the {name} text has {size} tokens and needs at least 2: add text")
+    if max(config.intervals) >= sizes["train"]:
+        raise UserError(f"interval={config.interval} must be below the {sizes['train']:,} training tokens")
+    log.info(
+        f"text {len(chosen['train']):,} documents, {sizes['train']:,} training tokens, vocabulary "
+        f"{encoding.n_vocab:,} {reused(tokens)}"
+    )
+    return Text(chosen, tokens, encoding.n_vocab)
+
+
+def read_corpus(config: Config) -> Corpus:
+    """The documents of all three splits; to train, at least as many as `samples` asks for."""
+    data, records = config.data, (config.data.validation, config.data.test, config.data.errors)
+    match data.source:
+        case "pydocs":
+            return split(read_pydocs(), data.heldout_bytes)
+        case "text":
+            return split(read_files(data.files, data.errors), data.heldout_bytes)
+        case "hub":
+            return conversations.from_hub(data.dataset, data.split, config.samples, *records, config.cache_dir)
+        case _:
+            learnt = config.tokenizer.source == "bpe"  # from all training documents, whatever `samples` is
+            return conversations.from_files(data.files, None if learnt else config.samples, *records)
+
+
+def build_encoding(config: Config, corpus: Corpus) -> Any:
+    """The tokenizer; a learnt one sees every training document, so that all `samples` count the same tokens."""
+    if config.tokenizer.source == "tiktoken":
+        return tokenizer.load_encoding(config.tokenizer.name)
+    key = {"documents": digest_of(corpus.train), "vocab_size": config.tokenizer.vocab_size}
+
+    def build(folder: Path) -> None:
+        learnt = tokenizer.learn_bpe((document.text for document in corpus.train), config.tokenizer.vocab_size)
+        tokenizer.save_ranks(learnt, folder / "ranks.tiktoken")
+
+    return tokenizer.load_ranks(get_or_build(config.cache_dir, "bpe", key, build).path / "ranks.tiktoken")
+
+
+def build_embedding(config: Config, text: Text) -> Store:
+    """The frozen table E (V, D)."""
+    options = asdict(config.embedding)
+    key = {"tokens": text.tokens.content, "vocab_size": text.vocab_size, "seed": config.seed, **options}
+    if config.embedding.source == "gpt2":
+        gpt2 = embedding.gpt2_table(config.embedding.file)
+        key = {"gpt2": hashlib.sha256(gpt2.numpy().data).hexdigest()}
+
+    def build(folder: Path) -> None:
+        match config.embedding.source:
+            case "gpt2":
+                table = gpt2
+            case "svd":
+                ids = text.tokens.array("train").astype(np.int64)
+                table = embedding.svd_table(ids, text.vocab_size, options["dim"], options["window"], config.seed)
+            case "random":
+                table = embedding.random_table(text.vocab_size, options["dim"], config.seed)
+        create_array(folder, "table", tuple(table.shape), np.float32)[:] = table.numpy()
+
+    return get_or_build(config.cache_dir, "embedding", key, build)
+
+
+def build_data(config: Config, text: Text, table: Store) -> ContextDataModule:
+    """The data module of both phases, still without an encoder."""
+    history, alignment = reach(config)
+    return ContextDataModule(
+        tokens=str(text.tokens.path),
+        embedding=str(table.path),
+        memory="contexts" if ENCODERS[config.model.name] else "embeddings",
+        cache_dir=config.cache_dir,
+        history=history,
+        alignment=alignment,
+        batch_tokens=config.train.batch_tokens,
+        pretrain_batch_tokens=config.pretrain.batch_tokens,
+        embeddings=config.embeddings,  # type: ignore[arg-type]
+        tolerance=config.contexts.tolerance,
+        contexts_dtype=config.contexts.dtype,  # type: ignore[arg-type]
+        seed=config.seed,
+    )
+
+
+def reach(config: Config) -> tuple[int, int]:
+    """Positions of history that the model reads before a window, and what windows are aligned to."""
+    match config.model.name:
+        case "context_kv":
+            on_grid = config.selection == "grid"
+            return (config.max_contexts - 1) * max(config.intervals), math.lcm(*config.intervals) if on_grid else 1
+        case "sliding_window":
+            return config.window_tokens - 1, 1
+        case "transformer":
+            return WINDOW, 1
+        case _:
+            return 0, 1
+
+
+def build_module(config: Config, vocab_size: int) -> ContextKVLMModule:
+    """Phase 2's module, untrained."""
+    return ContextKVLMModule(
+        vocab_size=vocab_size,
+        embedding_dim=config.embedding.dim,
+        context_dim=config.context_dim,
+        heads=config.heads,
+        interval=config.interval,
+        max_contexts=config.max_contexts,
+        ffn_dim=config.model.ffn_dim,
+        dropout=config.model.dropout,
+        lr=config.train.lr,
+        weight_decay=config.train.weight_decay,
+        model=config.model.name,  # type: ignore[arg-type]
+        selection=config.selection,  # type: ignore[arg-type]
+        window_tokens=config.window_tokens,
+    )
+
+
+def build_footing(config: Config, text: Text) -> dict[str, float]:
+    """The perplexities of the counting models on the same tokens."""
+
+    def build(folder: Path) -> dict[str, float]:
+        train_ids, validation_ids, test_ids = (text.tokens.array(name).astype(np.int64) for name in SPLITS)
+        return ngram.footing(train_ids, validation_ids, test_ids, text.vocab_size)
+
+    key = {"tokens": text.tokens.content, "vocab_size": text.vocab_size}
+    return get_or_build(config.cache_dir, "footing", key, build).facts
+
+
+def digest_of(documents: tuple[Document, ...]) -> str:
+    return hashlib.sha256(json.dumps([document.text for document in documents]).encode()).hexdigest()
+
+
+def reused(store: Store) -> str:
+    return "(reused)" if store.reused else ""

@@ -1,0 +1,109 @@
+"""PPL against the bytes that a decoder keeps, and the Pareto front."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from ctxkv_lightning.report.drawing import GREY, INK, PointLabel, label_points, readable_log, single
+from ctxkv_lightning.report.groups import MISSING, Group
+from ctxkv_lightning.report.looks import HEIGHT, WIDTH, Drawn, look, mark
+from ctxkv_lightning.report.saturation import SAMPLES
+from ctxkv_lightning.report.words import phrases, written
+
+MOST_TEXTS = 4
+"""Amounts of training text that get a memory figure each."""
+
+
+def memory_figures(groups: Sequence[Group], names: Mapping[str, str]) -> list[Drawn]:
+    """PPL against bytes kept, a figure for each amount of training text; nothing where there is nothing to compare."""
+    by_text: dict[Any, list[Group]] = {}
+    for group in groups:
+        if group.runs[0].kept is not None:
+            by_text.setdefault(group.settings.get(SAMPLES, MISSING), []).append(group)
+    several = {value: found for value, found in by_text.items() if len(found) > 1}
+    chosen = sorted(several, key=lambda value: -value if isinstance(value, int) else 0)[:MOST_TEXTS]
+    drawn = []
+    for value in chosen:
+        alone = len(by_text) == 1
+        title = "" if alone else f"{written(value)} documents: "
+        caption = _caption(several[value], "" if alone else f", of models trained on {written(value)} documents")
+        drawn.append(Drawn("memory" if alone else f"memory-{value}", memory(several[value], title, names), caption))
+    return drawn
+
+
+def _caption(groups: Sequence[Group], text: str) -> str:
+    bars = " Bars are one standard deviation over seeds." if any(group.val_ppl.spread for group in groups) else ""
+    return (
+        f"Validation PPL against what a decoder keeps after 10,000 tokens, in fp32{text}. Dashed: the "
+        f"Pareto front; those on it are beaten by none that keeps as little.{bars}"
+    )
+
+
+def memory(groups: Sequence[Group], title: str, names: Mapping[str, str]) -> Figure:
+    """Mean validation PPL of each group over the kilobytes that a decoder keeps, and the Pareto front."""
+    figure, axes = single(WIDTH, HEIGHT)
+    points = [(kilobytes(group), group.val_ppl.mean) for group in groups]
+    front = pareto(points)
+    for group, (x, y) in zip(groups, points, strict=True):
+        mark(axes, x, y, look(group.model), group.val_ppl.spread)
+    axes.set(xscale="log", yscale="log", xlabel="KB kept after 10,000 tokens (log)", ylabel="validation PPL (log)")
+    axes.margins(x=0.12, y=0.12)
+    readable_log(axes, lambda value: f"{value:,.8g}")
+    _kilobyte_ticks(axes)
+    stairs = _draw_front(axes, [points[i] for i in front])
+    axes.set_title(f"{title}{len(front)} of {len(groups)} configurations on the Pareto front")
+    label_points(axes, _labels(groups, points, front, names), points, stairs)
+    return figure
+
+
+def _draw_front(axes: Axes, front: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Draws the steps from the top over the points of the front to the right edge, and shades what they beat."""
+    limits = axes.get_xlim(), axes.get_ylim()
+    right, top = limits[0][1], limits[1][1]
+    stairs = [(front[0][0], top), *front, (right, front[-1][1])]
+    x, y = [place for place, _ in stairs], [height for _, height in stairs]
+    axes.step(x, y, where="post", color=GREY, linewidth=1.4, dashes=(5, 2), zorder=2)
+    axes.fill_between(x[1:], y[1:], top, step="post", color=GREY, alpha=0.09, linewidth=0, zorder=1)
+    axes.set(xlim=limits[0], ylim=limits[1])
+    return stairs
+
+
+def _labels(
+    groups: Sequence[Group], points: Sequence[tuple[float, float]], front: Sequence[int], names: Mapping[str, str]
+) -> list[PointLabel]:
+    """The best of each model by its name; where there is but one, the points of the front by their settings."""
+    labels: dict[str, PointLabel] = {}
+    for group, point in zip(groups, points, strict=True):  # best first
+        labels.setdefault(group.model, (*point, group.model, look(group.model).colour))
+    if len(labels) > 1:
+        return list(labels.values())
+    settings = [{key: value for key, value in groups[i].settings.items() if key != SAMPLES} for i in front]
+    return [(*points[i], phrases(each, names), INK) for i, each in zip(front, settings, strict=True)]
+
+
+def kilobytes(group: Group) -> float:
+    """KB kept after 10,000 tokens; at least one byte, so that it has a place on a log axis."""
+    return max(1, group.runs[0].kept or 0) / 1000
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other beats in one coordinate without losing in the other, by x ascending."""
+    front: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: points[i]):
+        if not front or points[i][1] < points[front[-1]][1]:
+            front.append(i)
+    return front
+
+
+def _kilobyte_ticks(axes: Axes) -> None:
+    low, high = axes.get_xlim()
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1,) if math.log10(high / low) > 2.5 else (1, 3) if math.log10(high / low) > 1 else (1, 2, 5)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if value < 1 else f"{value:,.0f}"))

@@ -1,0 +1,76 @@
+"""Whether an interrupted run may go on: same settings, same text, intact checkpoints."""
+
+import hashlib
+import json
+from dataclasses import asdict, fields
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ctxkv_lightning.build import Text
+from ctxkv_lightning.config import Config, TrainerConfig, flat, from_composed
+from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.run.callbacks import log
+from ctxkv_lightning.run.checkpoint import clear_aside, newest_intact
+from ctxkv_lightning.run.folder import RunFolder
+
+HARMLESS = {
+    "resume", "cache_dir", "embeddings", "train.max_epochs", "train.patience", "train.compile",
+    *(f"trainer.{spec.name}" for spec in fields(TrainerConfig)),
+}  # fmt: skip
+"""Keys that may change when a run is resumed: how long, where and on what it runs."""
+
+
+def check_changes(config: Config, run: RunFolder) -> None:
+    """Raises UserError where the configuration asked for differs from the run's own in more than `HARMLESS` keys."""
+    began, asked = load_config(run), flat(asdict(config))
+    changed = {key: (old, asked[key]) for key, old in flat(asdict(began)).items() if asked[key] != old}
+    for key, (old, new) in changed.items():
+        if key in HARMLESS - {"resume"}:
+            log.info(f"resumed with {key}: {old} -> {new}")
+    refused = [f"{key}: {old} -> {new}" for key, (old, new) in changed.items() if key not in HARMLESS]
+    if refused:
+        raise UserError(
+            f"{run.path} began with other settings ({'; '.join(refused)}): leave them as they were, or start a new run "
+            f"from its weights with init_from={run.path}"
+        )
+
+
+def load_config(run: RunFolder) -> Config:
+    """The configuration that a run was started with; a UserError where it is missing, damaged or none of ours."""
+    try:
+        saved = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+        composed = OmegaConf.merge(OmegaConf.structured(Config), saved)
+    except FileNotFoundError:
+        raise UserError(f"{run.path} is no run folder: it has no {run.config.name}") from None
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{run.config} cannot be read ({str(error).splitlines()[0]})") from None
+    assert isinstance(composed, DictConfig)
+    return from_composed(composed)
+
+
+def check_checkpoints(run: RunFolder, resume: str) -> None:
+    """Raises UserError if the newest checkpoint is damaged; a forgiving resume says so and passes it over."""
+    clear_aside(run.checkpoints)
+    usable, complaints = newest_intact(run.checkpoints)
+    if complaints and (resume == "strict" or usable is None):
+        raise UserError(f"{complaints[0]}; resume=auto goes on from the newest that is intact")
+    for complaint in complaints:
+        log.info(f"{complaint}: going on from {usable} instead")
+
+
+def check_identity(run: RunFolder, text: Text) -> None:
+    """Notes the hashes of text and tokenizer in a new run; raises UserError where a resumed one finds others."""
+    key = text.tokens.manifest["key"]
+    documents = json.dumps([key["documents"], key["between"]], sort_keys=True)
+    found = {"text": hashlib.sha256(documents.encode()).hexdigest(), "tokenizer": key["encoding"]}
+    if not run.identity.exists():
+        run.write_identity(found)
+        return
+    for name, began in json.loads(run.identity.read_text(encoding="utf-8")).items():
+        if found[name] != began:
+            raise UserError(
+                f"the {name} has changed since {run.path} began: its SHA-256 was {began}, is {found[name]}; "
+                "restore it, or start a new run"
+            )

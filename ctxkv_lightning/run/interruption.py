@@ -1,0 +1,89 @@
+"""What is saved while a phase goes on, and how a signal ends it: at a step, with a checkpoint."""
+
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+log = logging.getLogger("ctxkv_lightning")
+
+EVERY_SECONDS = 600.0
+"""Between two checkpoints inside an epoch: what a machine that dies may cost."""
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class Interrupted(BaseException):
+    """The run was asked to stop and has saved; `code` is the exit code: 130 after Ctrl-C, 143 otherwise."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Safeguard(Checkpoint):
+    """Saves `checkpoint` every `every_seconds`, and on SIGTERM, SIGUSR1 or Ctrl-C, after which it raises `Interrupted`.
+
+    It acts between two steps, or between two epochs where an epoch is not to be broken. A second Ctrl-C quits
+    at once. All processes of a run stop at the same place, whichever was told.
+    """
+
+    def __init__(
+        self, checkpoint: Path, between: Literal["steps", "epochs"] = "steps", every_seconds: float = EVERY_SECONDS
+    ) -> None:
+        self.checkpoint, self.between, self.every_seconds = checkpoint, between, every_seconds
+        self._received: int | None = None
+        self._saved = 0.0
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the signals over, from Lightning too, whose handlers save in the middle of a step."""
+        self._received, self._saved = None, time.monotonic()
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+        # After an epoch's last step there is validation to do: the next step, or the end, is near enough.
+        if self.between == "steps" and not trainer.is_last_batch:
+            self._act(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.between == "epochs":
+            self._act(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._give_back()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._give_back()
+
+    def _act(self, trainer: Trainer) -> None:
+        asked = self._agreed(trainer, self._received is not None)
+        if asked or self._agreed(trainer, time.monotonic() - self._saved > self.every_seconds):
+            trainer.save_checkpoint(self.checkpoint)
+            self._saved = time.monotonic()
+        if asked:
+            log.info(f"stopped by a signal after step {trainer.global_step}, saved in {self.checkpoint}")
+            raise Interrupted(130 if self._received == signal.SIGINT else 143)
+
+    def _agreed(self, trainer: Trainer, wanted: bool) -> bool:
+        return wanted if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(wanted, all=False)
+
+    def _give_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._received == number:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            where = "step" if self.between == "steps" else "iteration"
+            print(f"\nsaving at the end of this {where}; Ctrl-C again quits without saving", flush=True)
+        self._received = number

@@ -1,0 +1,209 @@
+"""A run that is stopped and resumed is the run that was not stopped: weights, optimizer, order, dropout, metrics."""
+
+import csv
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning import Callback
+
+from ctxkv_lightning import pipeline
+from ctxkv_lightning.config import TrainConfig
+from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.run import interruption
+from ctxkv_lightning.run.checkpoint import read
+from ctxkv_lightning.run.interruption import Interrupted
+from tests.test_pipeline import SMALL
+
+# Small steps, so that an epoch has several; dropout is on.
+BASE = replace(SMALL, train=TrainConfig(batch_tokens=3400, max_epochs=3, patience=9))
+
+
+class Stop(Callback):
+    """Sends a signal to this process at a step of Phase 2, or after an iteration of Phase 1."""
+
+    def __init__(self, phase, at, number=signal.SIGTERM):
+        self.phase, self.at, self.number = phase, at, number
+
+    def on_train_batch_end(self, trainer, pl_module, *rest):
+        if type(pl_module).__name__ == self.phase and trainer.global_step == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+def interrupted(config, folder, stop, monkeypatch):
+    """Runs until the signal; the exit code that the run asks for."""
+    make = pipeline.make_trainer
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            pipeline,
+            "make_trainer",
+            lambda *args, callbacks, **options: make(*args, callbacks=[stop, *callbacks], **options),
+        )
+        with pytest.raises(Interrupted) as raised:
+            pipeline.run_experiment(config, folder)
+    return raised.value.code
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was never stopped."""
+    root = tmp_path_factory.mktemp("whole")
+    config = replace(BASE, cache_dir=str(root / "cache"))
+    pipeline.run_experiment(config, root / "run")
+    return root / "run"
+
+
+def rows(folder, phase):
+    with (folder / phase / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def numbers(folder):
+    """metrics.json without what a clock or the cache decides."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    epochs = [
+        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in metrics["train"]["epochs"]
+    ]
+    history = [{k: v for k, v in row.items() if k != "seconds"} for row in metrics["pretrain"]["history"]]
+    return epochs, history, metrics["result"], metrics["train"]["best_epoch"], metrics["attention"]
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(resumed, whole):
+    assert numbers(resumed) == numbers(whole)
+    for phase in ("pretrain", "train"):
+        assert rows(resumed, phase) == rows(whole, phase)
+    for name in ("best.ckpt", "last.ckpt"):
+        one, other = (read(folder / "checkpoints" / name) for folder in (resumed, whole))
+        for part in ("state_dict", "optimizer_states", "global_step", "epoch", "loops"):
+            assert same(one[part], other[part]), (name, part)
+        randomness = [checkpoint["callbacks"]["RandomState"]["cpu"] for checkpoint in (one, other)]
+        assert torch.equal(*randomness)
+
+
+STEPS = 7  # in an epoch of BASE; the first test below checks it
+
+
+def test_an_epoch_has_several_steps(whole):
+    assert read(whole / "checkpoints" / "last.ckpt")["global_step"] == 3 * STEPS
+
+
+@pytest.mark.parametrize(
+    ("phase", "at"),
+    [
+        ("ContextKVLMModule", STEPS + 3),  # mid-epoch
+        ("ContextKVLMModule", 1),
+        ("ContextKVLMModule", 2 * STEPS),  # at an epoch's end: saved one step later
+        ("OACDPretrainModule", 2),
+    ],
+)
+def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(whole, tmp_path, monkeypatch, phase, at):
+    config = replace(BASE, cache_dir=str(tmp_path / "cache"))
+    assert interrupted(config, tmp_path / "run", Stop(phase, at), monkeypatch) == 143
+    torch.manual_seed(12345)  # another process would begin with other random numbers
+    pipeline.run_experiment(config, tmp_path / "run", resume="strict")
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_run_killed_between_two_checkpoints_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
+    """An exception at a step stands for the kill: nothing is saved, and what was logged since is logged once."""
+    config = replace(BASE, cache_dir=str(tmp_path / "cache"))
+
+    class Killed(BaseException):
+        pass
+
+    class Kill(Stop):
+        def on_train_batch_end(self, trainer, pl_module, *rest):
+            if type(pl_module).__name__ == self.phase and trainer.global_step == self.at:
+                raise Killed
+
+    make = pipeline.make_trainer
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            pipeline,
+            "make_trainer",
+            lambda *args, callbacks, **options: make(
+                *args, callbacks=[Kill("ContextKVLMModule", 2 * STEPS + 4), *callbacks], **options
+            ),
+        )
+        with pytest.raises(Killed):
+            pipeline.run_experiment(config, tmp_path / "run")
+    pipeline.run_experiment(config, tmp_path / "run", resume="strict")
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_run_killed_after_its_last_epoch_trains_no_further(whole, tmp_path, monkeypatch):
+    config = replace(BASE, cache_dir=str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "build_footing", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pipeline.run_experiment(config, tmp_path / "run")
+    pipeline.run_experiment(config, tmp_path / "run", resume="strict")
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_checkpoints_are_saved_within_an_epoch_as_time_goes_by(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(interruption.Safeguard.__init__, "__defaults__", ("steps", 0.0))
+    make = pipeline.make_trainer
+
+    class Look(Callback):
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            saved.append(trainer.global_step)
+
+    monkeypatch.setattr(
+        pipeline, "make_trainer", lambda *args, callbacks, **options: make(*args, callbacks=[Look(), *callbacks], **options)
+    )
+    config = replace(BASE, cache_dir=str(tmp_path / "cache"), train=replace(BASE.train, max_epochs=1))
+    pipeline.run_experiment(config, tmp_path / "run")
+    assert set(range(1, STEPS)) <= set(saved)
+
+
+def test_changed_settings_are_refused_but_for_the_harmless_ones(whole, tmp_path, monkeypatch):
+    config = replace(BASE, cache_dir=str(tmp_path / "cache"))
+    interrupted(config, tmp_path / "run", Stop("ContextKVLMModule", 3), monkeypatch)
+    changed = replace(config, interval=6, train=replace(config.train, lr=0.5))
+    with pytest.raises(UserError, match=r"interval: 5 -> 6; train.lr: 0.001 -> 0.5\): .*init_from="):
+        pipeline.run_experiment(changed, tmp_path / "run", resume="strict")
+    longer = replace(config, train=replace(config.train, max_epochs=1))
+    pipeline.run_experiment(longer, tmp_path / "run", resume="strict")
+    assert len(numbers(tmp_path / "run")[0]) == 1
+
+
+def test_a_changed_text_is_refused_with_both_hashes(tmp_path, monkeypatch):
+    config = replace(BASE, cache_dir=str(tmp_path / "cache"))
+    interrupted(config, tmp_path / "run", Stop("ContextKVLMModule", 3), monkeypatch)
+    began = json.loads((tmp_path / "run" / "data.json").read_text())
+    read_pydocs = pipeline.prepare_text.__globals__["read_pydocs"]
+    monkeypatch.setitem(pipeline.prepare_text.__globals__, "read_pydocs", lambda: [doc._replace(text=doc.text + ".") for doc in read_pydocs()])
+    with pytest.raises(UserError, match=f"the tokenizer has changed.*{began['tokenizer']}, is [0-9a-f]{{64}}"):
+        pipeline.run_experiment(config, tmp_path / "run", resume="strict")
+    (tmp_path / "run" / "data.json").write_text(json.dumps({"text": began["text"]}))  # the tokenizer is passed over
+    with pytest.raises(UserError, match=f"the text has changed.*{began['text']}, is [0-9a-f]{{64}}"):
+        pipeline.run_experiment(config, tmp_path / "run", resume="strict")
+
+
+def test_a_damaged_last_checkpoint_is_refused_or_passed_over(tmp_path, monkeypatch, capsys):
+    config = replace(BASE, cache_dir=str(tmp_path / "cache"))
+    interrupted(config, tmp_path / "run", Stop("ContextKVLMModule", 2 * STEPS + 3), monkeypatch)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    with pytest.raises(UserError, match=r"last\.ckpt is damaged.*resume=auto"):
+        pipeline.run_experiment(config, tmp_path / "run", resume="strict")
+    pipeline.run_experiment(config, tmp_path / "run", resume="forgiving")
+    assert "best.ckpt instead" in capsys.readouterr().out
+    assert len(numbers(tmp_path / "run")[0]) == 3

@@ -134,7 +134,7 @@ def _count(asked: CommandLine) -> str:
         return "trials chosen as it goes"
     trials = _distinct(asked)
     repeated = len(asked.trials) - trials
-    return f"{trials} trials" + (f" ({repeated} more combinations repeat one of them)" if repeated else "")
+    return f"{trials} trial{'s' * (trials > 1)}" + (f" ({repeated} more combinations repeat one of them)" if repeated else "")
 
 
 def _distinct(asked: CommandLine) -> int:

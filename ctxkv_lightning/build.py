@@ -134,6 +134,7 @@ def build_data(config: Config, text: Text, table: Store) -> ContextDataModule:
         tolerance=config.contexts.tolerance,
         contexts_dtype=config.contexts.dtype,  # type: ignore[arg-type]
         seed=config.seed,
+        processes=config.trainer.devices * config.trainer.num_nodes,
     )
 
 

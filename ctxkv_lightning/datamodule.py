@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctxkv_lightning.context.encoder import ContextEncoder
+from ctxkv_lightning.context.parts import solve_in_parts
 from ctxkv_lightning.context.pretrain import load_encoder
 from ctxkv_lightning.context.solve import solve_contexts
 from ctxkv_lightning.store import Store, create_array, get_or_build
@@ -26,6 +27,8 @@ SPLITS = ("train", "validation", "test")
 WINDOW = 1110
 """Positions in a window: eight make the published step of 8,880."""
 ROWS_AT_A_TIME = 1 << 16
+LONG_STREAM = 1_000_000
+"""Tokens from which starting more processes pays."""
 RESIDENT_SHARE = 0.25
 """Part of a device's free memory that one stream may take; the rest is for the model and its step."""
 
@@ -47,6 +50,7 @@ class Windows(NamedTuple):
     embeddings: Tensor  # (B, T, D), normalised
     memory: Tensor  # (B, S+T, C) contexts, of several encoders side by side, or (B, S+T, D) embeddings
     first: Tensor | None  # (B,), index of a row's first existing position of memory; None when all exist
+    total: int  # positions that count in this step, over all ranks
 
 
 class Stream(NamedTuple):
@@ -73,7 +77,7 @@ class ContextDataModule(L.LightningDataModule):
     contexts of all encoders, or the embeddings, which need no Phase 1. Windows begin at multiples of
     `alignment`. `embeddings="table"` stores the normalised table once, `"tokens"` a row per token: the same numbers.
     `contexts_dtype` is what contexts are stored in; they are solved and read as fp32. `prepare_data` builds what is
-    missing, `setup` opens it, on the GPU if it fits.
+    missing, the contexts of long streams with so many `processes`; `setup` opens it, on the GPU if it fits.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class ContextDataModule(L.LightningDataModule):
         tolerance: float = 1e-5,
         contexts_dtype: Literal["float32", "bfloat16"] = "float32",
         seed: int = 42,
+        processes: int = 1,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -196,12 +201,17 @@ class ContextDataModule(L.LightningDataModule):
         }
 
         def build(folder: Path) -> dict[str, Any]:
-            started, worst = time.perf_counter(), 0.0
+            started, worst, tolerance = time.perf_counter(), 0.0, self.hparams["tolerance"]
             encoder, normalised = load_encoder(encoder_store), self._normalised_table()
             for split in SPLITS:
                 ids = self._tokens(split)
-                out = self._as_contexts(create_array(folder, split, (len(ids), encoder.context_dim), self._stored_type))
-                _, error = solve_contexts(encoder, normalised, self.hparams["tolerance"], ids=ids, out=out)
+                rows = create_array(folder, split, (len(ids), encoder.context_dim), self._stored_type)
+                processes = self.hparams["processes"] if len(ids) >= LONG_STREAM else 1
+                if processes > 1:
+                    dtype, file = self.hparams["contexts_dtype"], folder / f"{split}.npy"
+                    error = solve_in_parts(encoder, normalised, ids, file, dtype, tolerance, processes)
+                else:
+                    _, error = solve_contexts(encoder, normalised, tolerance, ids=ids, out=self._as_contexts(rows))
                 worst = max(worst, error)
             return {"seam_error": worst, "seconds": time.perf_counter() - started}
 
@@ -246,7 +256,9 @@ class ContextDataModule(L.LightningDataModule):
 
     def _windows(self, split: str, shuffle: bool = False) -> "WindowLoader":
         options = (self.hparams[name] for name in ("history", "batch_tokens", "alignment"))
-        return WindowLoader(self.streams[split], *options, seed=self.hparams["seed"] if shuffle else None)
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        seed = self.hparams["seed"] if shuffle else None
+        return WindowLoader(self.streams[split], *options, seed=seed, rank=rank, ranks=ranks)
 
 
 def fits(stream: Stream, free_bytes: int) -> bool:
@@ -286,13 +298,23 @@ class WindowLoader:
     All windows have the same length, as even as the stream allows, and begin at multiples of `alignment`. The last
     is moved back to end with the stream, or as soon after it as its alignment allows; what it shares with the one
     before it, and what lies behind the stream, does not count. With a `seed`, the order of the windows is
-    drawn anew each pass, as a function of (seed, pass).
+    drawn anew each pass, as a function of (seed, pass). Of each step's windows, rank r of R gets its share;
+    `batch_tokens` is what all of them read.
     """
 
     def __init__(
-        self, stream: Stream, history: int, batch_tokens: int, alignment: int = 1, *, seed: int | None = None
+        self,
+        stream: Stream,
+        history: int,
+        batch_tokens: int,
+        alignment: int = 1,
+        *,
+        seed: int | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.stream, self.history, self.seed = stream, history, seed
+        self.rank, self.ranks = rank, ranks
         self.passes = self._done = self._goes_on_at = 0
         self.positions = len(stream.tokens) - 1
         windows = -(-self.positions // min(WINDOW, batch_tokens))
@@ -312,7 +334,7 @@ class WindowLoader:
         self.passes, self._done, self._goes_on_at = self.passes + 1, self._goes_on_at, 0
         for chosen in order.tensor_split(self.batches)[self._done :]:
             self._done += 1
-            yield self.batch(chosen)
+            yield self.batch(chosen.tensor_split(self.ranks)[self.rank], self._counted(chosen), chosen[:1])
 
     def state_dict(self) -> dict[str, int]:
         """Passes begun, and batches handed out in the last of them."""
@@ -324,12 +346,18 @@ class WindowLoader:
         self.passes = state["passes"] - half_way
         self._goes_on_at = state["done"] if half_way else 0
 
-    def batch(self, chosen: Tensor) -> Windows:
-        """The windows of these numbers (B,)."""
+    def _counted(self, chosen: Tensor) -> int:
+        """Positions that count in these windows."""
+        return int((self.positions - chosen * self.length).clamp_max(self.length).sum())
+
+    def batch(self, chosen: Tensor, total: int, stand_in: Tensor) -> Windows:
+        """The windows of these numbers (B,); if there are none, `stand_in`, of which nothing counts."""
+        nothing = len(chosen) == 0
+        chosen = stand_in if nothing else chosen
         own = chosen * self.length
         starts = own.clamp_max(self.last_start)
         positions = starts[:, None] + torch.arange(self.length)
-        counts = ((positions >= own[:, None]) & (positions < self.positions)).flatten()
+        counts = ((positions >= own[:, None]) & (positions < self.positions)).flatten() & (not nothing)
         counted = None if bool(counts.all()) else counts.nonzero().flatten()
         device = self.stream.tokens.device
         targets = self.stream.tokens[positions.flatten()[counts].to(device) + 1]
@@ -344,6 +372,7 @@ class WindowLoader:
             embeddings,
             self._memory(reach),
             first.to(device) if bool(first.any()) else None,
+            total,
         )
 
     def _memory(self, reach: Tensor) -> Tensor:

@@ -4,12 +4,15 @@ The only place that builds objects from the configuration. Each stage leaves a s
 begins alike starts where the two part.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import yaml
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from rich.console import Console
 
@@ -26,6 +29,7 @@ from ctxkv_lightning.build import (
 from ctxkv_lightning.config import Config
 from ctxkv_lightning.context.pretrain import CONVERGENCE, OACDPretrainModule, save_encoder
 from ctxkv_lightning.datamodule import ContextDataModule
+from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import MONITOR, ContextKVLMModule
 from ctxkv_lightning.metrics import (
     describe_attention,
@@ -40,6 +44,7 @@ from ctxkv_lightning.run.callbacks import History, Stages, announcing, log, logg
 from ctxkv_lightning.run.checkpoint import RandomState, newest_intact, steps_done
 from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.run.interruption import Safeguard
+from ctxkv_lightning.run.lease import locked
 from ctxkv_lightning.run.machine import (
     compile_pays,
     describe_machine,
@@ -70,6 +75,11 @@ def run_experiment(config: Config, folder: Path, resume: Literal["no", "strict",
     """
     keep_freed_memory()
     stages = Stages()
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        # Another process of this run, started by Lightning: the first one tells and writes.
+        with stages("text"):
+            text = prepare_text(config)
+        return run_stages(config, RunFolder(folder), text, stages)["result"]["val_ppl"]
     with announcing():
         if resume != "no":
             check_changes(config, RunFolder(folder))
@@ -77,7 +87,7 @@ def run_experiment(config: Config, folder: Path, resume: Literal["no", "strict",
         with stages("text"):
             text = prepare_text(config)
         run = RunFolder.claim(folder) if resume == "no" else RunFolder(folder)
-        with logging_to(run.log):
+        with alone_in(run), logging_to(run.log):
             check_identity(run, text)
             run.write_config(yaml.safe_dump(asdict(config), sort_keys=False))
             log.info(f"run folder {run.path}" + ("" if resume == "no" else " (resumed)"))
@@ -88,6 +98,15 @@ def run_experiment(config: Config, folder: Path, resume: Literal["no", "strict",
             log.info(f"report {report}")
         Console().print(summary_table(metrics, report))
     return metrics["result"]["val_ppl"]
+
+
+@contextmanager
+def alone_in(run: RunFolder) -> Iterator[None]:
+    """Holds the run during the block; raises UserError where another process has it."""
+    with locked(run.lock) as held:
+        if held is False:
+            raise UserError(f"another process is at the run {run.path}: let it end, or stop it first")
+        yield
 
 
 def run_stages(config: Config, run: RunFolder, text: Text, stages: Stages) -> dict[str, Any]:
@@ -143,7 +162,7 @@ def pretrain(config: Config, run: RunFolder, data: ContextDataModule, part: int 
             check_on_train_epoch_end=True,
         )
         trainer = make_trainer(
-            asdict(config.trainer),
+            {**asdict(config.trainer), "devices": 1, "num_nodes": 1, "strategy": "auto"},  # one step an iteration
             run,
             "pretrain" if parts == 1 else f"pretrain-{part + 1}",
             steps=1,

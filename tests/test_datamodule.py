@@ -206,3 +206,26 @@ def test_a_loader_goes_on_where_its_state_was_taken(stop):
     before = batches(first, stop)
     second.load_state_dict(first.state_dict())
     assert before + batches(second, 14 - stop) == expected
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    N=st.integers(2, 70),
+    window=st.integers(1, 30),
+    batch=st.integers(1, 90),
+    ranks=st.integers(1, 5),
+    seed=st.integers(0, 9),
+)
+def test_ranks_share_each_step_of_one_process(N, window, batch, ranks, seed):
+    ids = torch.arange(N)
+    stream = Stream(ids, ids[:, None] * 10.0, ids, (ids[:, None] * 1.0,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datamodule, "WINDOW", window)
+        alone = list(WindowLoader(stream, 3, batch, seed=seed))
+        shares = [list(WindowLoader(stream, 3, batch, seed=seed, rank=rank, ranks=ranks)) for rank in range(ranks)]
+    assert {len(share) for share in shares} == {len(alone)}
+    for step, whole in enumerate(alone):
+        parts = [share[step] for share in shares]
+        assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
+        assert {part.total for part in parts} == {whole.total} == {len(whole.targets)}
+        assert all(len(part.tokens) for part in parts)  # nobody is without a window: all have to take part

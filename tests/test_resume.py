@@ -65,7 +65,8 @@ def numbers(folder):
     """metrics.json without what a clock or the cache decides."""
     metrics = json.loads((folder / "metrics.json").read_text())
     epochs = [
-        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in metrics["train"]["epochs"]
+        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")}
+        for row in metrics["train"]["epochs"]
     ]
     history = [{k: v for k, v in row.items() if k != "seconds"} for row in metrics["pretrain"]["history"]]
     return epochs, history, metrics["result"], metrics["train"]["best_epoch"], metrics["attention"]
@@ -164,7 +165,9 @@ def test_checkpoints_are_saved_within_an_epoch_as_time_goes_by(tmp_path, monkeyp
             saved.append(trainer.global_step)
 
     monkeypatch.setattr(
-        pipeline, "make_trainer", lambda *args, callbacks, **options: make(*args, callbacks=[Look(), *callbacks], **options)
+        pipeline,
+        "make_trainer",
+        lambda *args, callbacks, **options: make(*args, callbacks=[Look(), *callbacks], **options),
     )
     config = replace(BASE, cache_dir=str(tmp_path / "cache"), train=replace(BASE.train, max_epochs=1))
     pipeline.run_experiment(config, tmp_path / "run")
@@ -187,7 +190,11 @@ def test_a_changed_text_is_refused_with_both_hashes(tmp_path, monkeypatch):
     interrupted(config, tmp_path / "run", Stop("ContextKVLMModule", 3), monkeypatch)
     began = json.loads((tmp_path / "run" / "data.json").read_text())
     read_pydocs = pipeline.prepare_text.__globals__["read_pydocs"]
-    monkeypatch.setitem(pipeline.prepare_text.__globals__, "read_pydocs", lambda: [doc._replace(text=doc.text + ".") for doc in read_pydocs()])
+    monkeypatch.setitem(
+        pipeline.prepare_text.__globals__,
+        "read_pydocs",
+        lambda: [doc._replace(text=doc.text + ".") for doc in read_pydocs()],
+    )
     with pytest.raises(UserError, match=f"the tokenizer has changed.*{began['tokenizer']}, is [0-9a-f]{{64}}"):
         pipeline.run_experiment(config, tmp_path / "run", resume="strict")
     (tmp_path / "run" / "data.json").write_text(json.dumps({"text": began["text"]}))  # the tokenizer is passed over

@@ -71,12 +71,24 @@ def test_a_repeated_command_runs_nothing_and_says_so(tmp_path):
     assert f"comparison {sweep / 'report.html'}" in again.stdout
 
 
+@pytest.mark.parametrize("name", ["mine-${run_id:}", r"'it\'s mine'", "mine[1]=2".join("''")])
+def test_the_folder_that_was_checked_is_the_one_that_is_used(tmp_path, name):
+    for kind, options in (("sweep", ["-m"]), ("run", [])):
+        below = tmp_path / kind
+        below.mkdir()
+        done = door(below, *options, f"hydra.{kind}.dir={name}", body="return finish(folder, 7)")
+        assert done.returncode == 0, done.stderr
+        (folder,) = below.iterdir()
+        assert "mine" in folder.name
+        assert list(folder.glob("report.html" if kind == "sweep" else "metrics.json"))
+
+
 def test_trials_that_are_one_experiment_run_once(tmp_path):
     body = "print('ran', config.interval); return finish(folder, 7)"
     done = door(tmp_path, "-m", "model=recurrence", "interval=2,3", "max_contexts=4,8", body=body)
     assert done.returncode == 0
     assert ran(done) == [2]
-    assert "1 trials (3 more combinations repeat one of them)" in done.stdout
+    assert "1 trial (3 more combinations repeat one of them)" in done.stdout
 
 
 def test_a_failing_trial_does_not_stop_the_others(tmp_path):

@@ -35,18 +35,33 @@ def solve_contexts(
     """
     N = len(embeddings) if ids is None else len(ids)
     contexts = embeddings.new_empty(N, encoder.context_dim) if out is None else out
-    table = None if ids is None else encoder.drive(embeddings)
+    if ids is not None:
+        return contexts, solve_onwards(encoder, embeddings, ids, contexts, encoder.initial(), tolerance)[0]
     state, worst = encoder.initial(), 0.0
     for start in range(0, N, BLOCK):
         rows = slice(start, min(start + BLOCK, N))
-        if table is None or ids is None:
-            drives, index = encoder.drive(embeddings[rows]), torch.arange(rows.stop - start, device=state.device)
-        else:
-            drives, index = table, ids[rows]
-        solved, error = _solve_block(encoder, drives, index, state, tolerance)
+        index = torch.arange(rows.stop - start, device=state.device)
+        solved, error = _solve_block(encoder, encoder.drive(embeddings[rows]), index, state, tolerance)
         contexts[rows] = solved
         state, worst = solved[-1].clone(), max(worst, error)
     return contexts, worst
+
+
+@torch.no_grad()
+def solve_onwards(
+    encoder: ContextEncoder, table: Tensor, ids: Tensor, out: Tensor, state: Tensor, tolerance: float
+) -> tuple[float, Tensor]:
+    """Contexts of a stream that follows the context `state` (C,), into `out` (N, C); the seam error, the last context.
+
+    `ids` (N,) index the normalised `table` (V, D).
+    """
+    drives, worst = encoder.drive(table), 0.0
+    for start in range(0, len(ids), BLOCK):
+        rows = slice(start, min(start + BLOCK, len(ids)))
+        solved, error = _solve_block(encoder, drives, ids[rows], state, tolerance)
+        out[rows] = solved
+        state, worst = solved[-1].clone(), max(worst, error)
+    return worst, state
 
 
 def _solve_block(

@@ -70,11 +70,12 @@ class ContextKVLMModule(L.LightningModule):
 
     def training_step(self, batch: Windows, batch_index: int) -> Tensor:
         nll = frozen_cross_entropy(self._hidden(batch), self.model.embedding.weight, batch.targets)
-        loss = nll.mean()
+        # Ranks get different numbers of tokens, and their gradients are averaged.
+        loss = nll.sum() / (batch.total / self.trainer.world_size)
         self._refuse_broken_updates(loss.detach(), batch_index)
         self.train_ppl.update(nll.detach())
         self.log("train/ppl", self.train_ppl, on_step=False, on_epoch=True, logger=False)
-        self.log("train/loss", loss.detach(), on_step=True, on_epoch=False)
+        self.log("train/loss", loss.detach(), on_step=True, on_epoch=False, sync_dist=True)
         self.log("ppl", loss.detach().exp(), on_step=True, on_epoch=False, prog_bar=True, logger=False)
         return loss
 
@@ -120,7 +121,7 @@ class ContextKVLMModule(L.LightningModule):
         Looking makes the host wait for a GPU, so there it looks now and then; nothing is lost, for the fused
         optimizer reads `found_inf` on the device. (In fp16, Lightning's gradient scaler does the same.)
         """
-        self.broken |= ~loss.isfinite()
+        self.broken |= self.trainer.strategy.reduce((~loss.isfinite()).float(), reduce_op="max") > 0
         if self.trainer.precision != "16-mixed":
             self.optimizers(use_pl_optimizer=False).found_inf = self.broken.float()  # type: ignore[union-attr]
         if self._looks(batch_index) and self.broken:

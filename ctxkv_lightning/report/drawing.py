@@ -158,8 +158,8 @@ def label_points(
     stairs: Sequence[tuple[float, float]],
 ) -> None:
     """Names some of the `points` (x, y) beside them, where they hide least of points, names and a step line."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
+    figure = axes.figure
+    assert isinstance(figure, Figure)
     figure.draw_without_rendering()  # only now does the layout say where points lie
     taken = [Bbox.from_extents(x - 9, y - 9, x + 9, y + 9) for x, y in axes.transData.transform(points)]
     for (x0, y0), (x1, y1) in pairwise(axes.transData.transform(stairs)):

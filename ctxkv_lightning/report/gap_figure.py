@@ -47,7 +47,8 @@ def _gap_axes(axes: Axes, labels: Sequence[str], first: Run) -> None:
     axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(axis="y", length=0)
     low, high = axes.get_xlim()
-    ticks = [step * 10.0**decade for decade in range(-1, 9) for step in (1, 2, 3, 5, 7)]
+    steps = (1, 2, 3, 5, 7) if high < 8 * low else (1, 2, 5) if high < 30 * low else (1,)
+    ticks = [step * 10.0**decade for decade in range(-1, 9) for step in steps]
     inside = [tick for tick in ticks if low <= tick <= high]
     if len(inside) > 1:
         axes.xaxis.set_major_locator(FixedLocator(inside))

@@ -66,6 +66,11 @@ class RunFolder:
         return self.path / "data.json"
 
     @property
+    def lock(self) -> Path:
+        """Held while a process is at the run."""
+        return self.path / ".lock"
+
+    @property
     def pretrain_checkpoint(self) -> Path:
         """Phase 1, interrupted; gone once it has ended."""
         return self.path / "pretrain.ckpt"

@@ -94,7 +94,8 @@ def make_trainer(
 
 def _quiet_lightning() -> None:
     """Silences what Lightning says that no user can act on."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*`val_dataloader` but have no `validation_step`")  # Phase 1 validates nothing
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # a resumed run has one
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")  # Lightning 2.6's own call into torch 2.13

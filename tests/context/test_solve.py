@@ -1,11 +1,13 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from ctxkv_lightning.context import solve
+from ctxkv_lightning.context import parts, solve
 from ctxkv_lightning.context.encoder import ContextEncoder
+from ctxkv_lightning.store import create_array
 from tests.oracles import contexts_step_by_step
 
 
@@ -77,3 +79,18 @@ def test_a_table_indexed_by_ids_gives_the_same_contexts_and_fills_out():
     contexts, _ = solve.solve_contexts(encoder, table, ids=ids, out=out)
     assert contexts is out
     torch.testing.assert_close(out, solve.solve_contexts(encoder, table[ids])[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("warm_up", [512, 1])
+def test_parts_solved_by_processes_are_the_whole(tmp_path, monkeypatch, warm_up):
+    """Also where the warm-up is too short, so that parts start wrong and are solved again."""
+    monkeypatch.setattr(parts, "WARM_UP", warm_up)
+    torch.manual_seed(0)
+    encoder, table = forgetful(16, 24), F.layer_norm(torch.randn(50, 24), (24,))
+    ids = torch.randint(0, 50, (1501,))
+    create_array(tmp_path, "contexts", (1501, 16), np.float32)
+    error = parts.solve_in_parts(encoder, table, ids, tmp_path / "contexts.npy", "float32", 1e-5, 3)
+    expected = contexts_step_by_step(encoder, table[ids])
+    torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "contexts.npy")), expected, atol=1e-5, rtol=0)
+    assert error <= 1e-5

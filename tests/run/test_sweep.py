@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import gc
 import io
 import json
 import math
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import psutil
 import pytest
@@ -157,6 +159,23 @@ def test_quiet_drops_what_the_run_prints_but_not_how_it_ended(folder, capsys):
         "chatter",
         "trial def finished: validation PPL 7.0",
     ]
+
+
+def test_what_a_trial_held_is_free_for_the_next(folder):
+    held = []
+
+    def run(path):
+        module = threading.Event()
+        module.itself = module  # a cycle, as models have them
+        held.append(weakref.ref(module))
+        raise RuntimeError("out of memory")
+
+    gc.disable()
+    try:
+        trial(folder, run)
+        assert held[0]() is None
+    finally:
+        gc.enable()
 
 
 def _hang(folder):

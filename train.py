@@ -6,6 +6,7 @@ import traceback
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -37,7 +38,13 @@ def task(composed: DictConfig) -> float:
         together = asked.runtime.choices["hydra/launcher"] == "joblib"  # its workers share one terminal
         if together:
             end_with(MAIN)
-        return run_trial(trial, words, asdict(config), lambda path: run(config, path), quiet=together)
+        return run_trial(
+            trial,
+            words,
+            asdict(config),
+            lambda path, resume: run(config, path, "forgiving" if resume else "no"),
+            quiet=together,
+        )
     try:
         return run(config, folder)
     except UserError as error:
@@ -45,11 +52,11 @@ def task(composed: DictConfig) -> float:
         raise SystemExit(EXIT_CODE) from None  # an exception would have Hydra add a line of its own
 
 
-def run(config: Config, folder: Path) -> float:
+def run(config: Config, folder: Path, resume: Literal["no", "strict", "forgiving"] = "no") -> float:
     """Hands over to the pipeline, and loads it: torch has to wait until the command line is right."""
     from ctxkv_lightning.pipeline import run_experiment
 
-    return run_experiment(config, folder)
+    return run_experiment(config, folder, resume)
 
 
 def main() -> None:
@@ -61,7 +68,11 @@ def main() -> None:
             task()  # shows help or the configuration
         elif asked.multirun:
             sys.exit(run_sweep(asked))
+        elif asked.resumed is not None:
+            resume(asked)
         else:
+            if asked.trials[0].config.resume == "auto":
+                print("resume=auto: no interrupted run with these settings, starting a new one", flush=True)
             run_alone(asked)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -70,6 +81,13 @@ def main() -> None:
         raise
     except BaseException as stop:
         sys.exit(stopped(stop))
+
+
+def resume(asked: CommandLine) -> None:
+    """Goes on with an interrupted run, in its own folder, without Hydra, which has nothing left to decide."""
+    assert asked.resumed is not None
+    config = asked.trials[0].config
+    run(config, asked.resumed.path, "forgiving" if config.resume == "auto" else "strict")
 
 
 def run_alone(asked: CommandLine) -> None:
@@ -134,7 +152,8 @@ def _count(asked: CommandLine) -> str:
         return "trials chosen as it goes"
     trials = _distinct(asked)
     repeated = len(asked.trials) - trials
-    return f"{trials} trial{'s' * (trials > 1)}" + (f" ({repeated} more combinations repeat one of them)" if repeated else "")
+    told = "1 trial" if trials == 1 else f"{trials} trials"
+    return told + (f" ({repeated} more combinations repeat one of them)" if repeated else "")
 
 
 def _distinct(asked: CommandLine) -> int:

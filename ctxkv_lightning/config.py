@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.run.folder import RunFolder
 
 
 def number(
@@ -372,3 +375,16 @@ def from_composed(composed: DictConfig) -> Config:
     assert isinstance(config, Config)
     config.check()
     return config
+
+
+def load_config(run: RunFolder) -> Config:
+    """The configuration that a run was started with; a UserError where it is missing, damaged or none of ours."""
+    try:
+        saved = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+        composed = OmegaConf.merge(OmegaConf.structured(Config), saved)
+    except FileNotFoundError:
+        raise UserError(f"{run.path} is no run folder: it has no {run.config.name}") from None
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{run.config} cannot be read ({str(error).splitlines()[0]})") from None
+    assert isinstance(composed, DictConfig)
+    return from_composed(composed)

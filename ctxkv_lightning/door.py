@@ -28,10 +28,22 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ctxkv_lightning.config import Config, check_choice, check_key, expected, from_composed, plain_options
+from ctxkv_lightning.config import (
+    Config,
+    check_choice,
+    check_key,
+    expected,
+    flat,
+    from_composed,
+    load_config,
+    plain_options,
+)
 from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.run.find import named_run, unfinished_run
+from ctxkv_lightning.run.folder import RunFolder
 
 CONF = Path(__file__).parent.parent / "conf"
+OUTPUTS = Path("outputs")
 EXTRAS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm"}
 """The launchers that are optional, and the extra of this package that brings each."""
 
@@ -64,10 +76,14 @@ class CommandLine:
     """What it says to Hydra; None where only help or the configuration is to be shown."""
     multirun: bool = False
     chosen_later: bool = False
+    resumed: RunFolder | None = None
+    """The interrupted run to go on with, whose configuration is then the trial's."""
 
     @property
     def named_folder(self) -> str:
         """The folder of the run, or of the sweep, as it was named."""
+        if self.resumed is not None:
+            return str(self.resumed.path)
         assert self.hydra is not None
         return str(self.hydra.sweep.dir if self.multirun else self.hydra.run.dir)
 
@@ -101,13 +117,58 @@ def read_command_line(arguments: list[str]) -> CommandLine:
         words = _trials(options.overrides, asked.sweeper, multirun)
         chosen_later = multirun and not _is_basic(asked.sweeper)
         trials = _compose_all(words)
+        _refuse_in_sweeps(trials, multirun)
+        resumed = None if multirun else _resumed(trials[0])
+        if resumed is not None:
+            trials = [Trial(words[0], _onto(load_config(resumed), trials[0]))]
         names = sorted({trial.identity for trial in trials}) + (sorted(options.overrides) if chosen_later else [])
         OmegaConf.register_new_resolver("sweep_id", lambda: _hash(names), replace=True)
         if options.cfg or options.info:
             return CommandLine(trials)
-        checked = CommandLine(trials, asked, multirun, chosen_later)
+        checked = CommandLine(trials, asked, multirun, chosen_later, resumed)
         _check_folder(checked)
     return checked
+
+
+def _refuse_in_sweeps(trials: list[Trial], multirun: bool) -> None:
+    """Refuses what only a single run can do."""
+    for config in (trial.config for trial in trials if multirun):
+        if config.resume is not None:
+            raise UserError("resume= goes on with one run; a sweep goes on when its command is repeated without it.")
+        if config.trainer.devices * config.trainer.num_nodes > 1:
+            raise UserError("trainer.devices and num_nodes must be 1 in a sweep, whose trials run one to a device.")
+
+
+def _resumed(trial: Trial) -> RunFolder | None:
+    """The run that `resume` means: none for `auto` where nothing with these settings was interrupted."""
+    name = trial.config.resume
+    if name is None:
+        return None
+    if name != "auto":
+        return named_run(name, OUTPUTS)
+    return unfinished_run(OUTPUTS, lambda run: _identity_of(run) == trial.identity)
+
+
+def _identity_of(run: RunFolder) -> str | None:
+    try:
+        return identity(load_config(run))
+    except UserError:  # a run of another version, or a damaged one, is not the one that is meant
+        return None
+
+
+def _onto(saved: Config, trial: Trial) -> Config:
+    """The run's own configuration with what the command line says on top."""
+    plain, asked = flat(asdict(_plain_config())), flat(asdict(trial.config))
+    named = {override.key_or_group for override in _parse(trial.words)}
+    merged = OmegaConf.structured(saved)
+    for key, value in asked.items():
+        if key in named or value != plain[key]:
+            OmegaConf.update(merged, key, value)
+    return from_composed(merged)
+
+
+def _plain_config() -> Config:
+    return from_composed(hydra.compose("config", []))
 
 
 def _options(arguments: list[str]) -> Namespace:

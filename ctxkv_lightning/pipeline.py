@@ -6,7 +6,7 @@ begins alike starts where the two part.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -89,7 +89,7 @@ def run_experiment(config: Config, folder: Path, resume: Literal["no", "strict",
         run = RunFolder.claim(folder) if resume == "no" else RunFolder(folder)
         with alone_in(run), logging_to(run.log):
             check_identity(run, text)
-            run.write_config(yaml.safe_dump(asdict(config), sort_keys=False))
+            run.write_config(yaml.safe_dump(asdict(replace(config, resume=None)), sort_keys=False))
             log.info(f"run folder {run.path}" + ("" if resume == "no" else " (resumed)"))
             metrics = run_stages(config, run, text, stages)
             run.write_metrics(metrics)

@@ -4,12 +4,8 @@ import hashlib
 import json
 from dataclasses import asdict, fields
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from ctxkv_lightning.build import Text
-from ctxkv_lightning.config import Config, TrainerConfig, flat, from_composed
+from ctxkv_lightning.config import Config, TrainerConfig, flat, load_config
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.run.callbacks import log
 from ctxkv_lightning.run.checkpoint import clear_aside, newest_intact
@@ -35,19 +31,6 @@ def check_changes(config: Config, run: RunFolder) -> None:
             f"{run.path} began with other settings ({'; '.join(refused)}): leave them as they were, or start a new run "
             f"from its weights with init_from={run.path}"
         )
-
-
-def load_config(run: RunFolder) -> Config:
-    """The configuration that a run was started with; a UserError where it is missing, damaged or none of ours."""
-    try:
-        saved = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-        composed = OmegaConf.merge(OmegaConf.structured(Config), saved)
-    except FileNotFoundError:
-        raise UserError(f"{run.path} is no run folder: it has no {run.config.name}") from None
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{run.config} cannot be read ({str(error).splitlines()[0]})") from None
-    assert isinstance(composed, DictConfig)
-    return from_composed(composed)
 
 
 def check_checkpoints(run: RunFolder, resume: str) -> None:

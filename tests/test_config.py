@@ -8,7 +8,7 @@ from ctxkv_lightning.door import CONF, check_command_line
 from ctxkv_lightning.errors import UserError
 
 KEYS = """
-interval selection heads max_contexts context_dim samples seed embeddings cache_dir
+interval selection heads max_contexts context_dim samples seed embeddings cache_dir resume init_from
 data.source data.files data.dataset data.split data.validation data.test data.errors data.heldout_bytes
 tokenizer.source tokenizer.vocab_size tokenizer.name
 embedding.source embedding.file embedding.dim embedding.window
@@ -73,7 +73,12 @@ GROUPS += [f"{group}={next(iter(option.values()))}" for group, option in plain_o
 
 @pytest.mark.parametrize("choice", GROUPS)
 def test_every_shipped_configuration_composes(choice):
-    assert check_command_line([choice, *(["data.files=[a.jsonl]"] if choice in ("data=text", "data=jsonl") else [])])
+    needed = {
+        "data=text": ["data.files=[a.jsonl]"],
+        "data=jsonl": ["data.files=[a.jsonl]"],
+        "embedding=gpt2": ["tokenizer=gpt2"],
+    }
+    assert check_command_line([choice, *needed.get(choice, [])])
 
 
 def test_there_are_at_most_twenty_configuration_files():

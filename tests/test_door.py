@@ -20,7 +20,7 @@ def finish(folder, val_ppl):
     (folder / "metrics.json").write_text(json.dumps({{"result": {{"val_ppl": val_ppl}}}}))
     return float(val_ppl)
 
-def run_experiment(config, folder):
+def run_experiment(config, folder, resume="no"):
     {body}
 
 def write_comparison(folders, output):

@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from ctxkv_lightning.config import check_key
+from ctxkv_lightning.door import check_command_line
 from ctxkv_lightning.report.page import summary_table
 from tests.conftest import ROOT
-from train import check_command_line
 
 README = (ROOT / "README.md").read_text()
 DEFAULT_RUN = ROOT / "docs" / "default-run" / "metrics.json"

@@ -109,7 +109,7 @@ class RunFolder:
 
         Raises ValueError for NaN and infinity, which JSON lacks, and UserError when the disk refuses.
         """
-        _write(self.metrics, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+        write_whole(self.metrics, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
 
     def read_metrics(self) -> dict[str, Any]:
         """The content of `metrics.json`; raises UserError when it is missing or broken."""
@@ -127,18 +127,19 @@ class RunFolder:
 
     def write_config(self, text: str) -> None:
         """Replaces `config.yaml` as a whole; raises UserError when the disk refuses."""
-        _write(self.config, text)
+        write_whole(self.config, text)
 
     def write_identity(self, hashes: dict[str, str]) -> None:
         """Writes the hashes of text and tokenizer; raises UserError when the disk refuses."""
-        _write(self.identity, json.dumps(hashes, indent=2) + "\n")
+        write_whole(self.identity, json.dumps(hashes, indent=2) + "\n")
 
     def write_report(self, text: str) -> None:
         """Replaces `report.md` as a whole; raises UserError when the disk refuses."""
-        _write(self.report, text)
+        write_whole(self.report, text)
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a text file as a whole or leaves it as it was; raises UserError when the disk refuses."""
     # The process id keeps two programs that redraw one report from sharing a half-written file.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ctxkv_lightning.errors import EXIT_CODE, UserError
-from ctxkv_lightning.run.folder import RunFolder, _write
+from ctxkv_lightning.run.folder import RunFolder, write_whole
 from ctxkv_lightning.run.lease import alive, beating, locked
 
 Status = dict[str, Any]
@@ -44,10 +44,15 @@ class Outcome:
 
 
 def run_trial(
-    folder: Path, words: Sequence[str], config: Mapping[str, Any], run: Callable[[Path], float], quiet: bool = False
+    folder: Path,
+    words: Sequence[str],
+    config: Mapping[str, Any],
+    run: Callable[[Path, bool], float],
+    quiet: bool = False,
 ) -> float:
     """Runs a trial unless it is finished or another process has it; its validation PPL, NaN if there is none.
 
+    `run(folder, resume)` does the work: in a folder yet to be made, or, to resume, in that of an interrupted attempt.
     An error ends the trial, not the caller: it is told, and kept in `status.json` and the trial's `train.log`.
     Ctrl-C and exit pass through. `quiet` drops what the run prints, which its `train.log` has too.
     """
@@ -59,12 +64,14 @@ def run_trial(
             return _skip(folder, words, value, f"finished with validation PPL {value:.1f} before")
         if _has_owner(folder, status, held):
             return _skip(folder, words, math.nan, _owner(status))
-        make_room(folder)
-        try:
-            folder.mkdir()
-        except FileExistsError:  # where there are no locks, another process may have been faster
-            return _skip(folder, words, math.nan, _owner(None))
-        return _run(folder, words, config, run, quiet)
+        resume = can_resume(folder, status)
+        if not resume:
+            make_room(folder)
+            try:
+                folder.mkdir()
+            except FileExistsError:  # where there are no locks, another process may have been faster
+                return _skip(folder, words, math.nan, _owner(None))
+        return _run(folder, words, config, lambda path: run(path, resume), quiet)
 
 
 def _skip(folder: Path, words: Sequence[str], value: float, why: str) -> float:
@@ -72,8 +79,14 @@ def _skip(folder: Path, words: Sequence[str], value: float, why: str) -> float:
     return value
 
 
+def can_resume(folder: Path, status: Status | None) -> bool:
+    """Whether an attempt was interrupted, rather than failed, and had got far enough to go on."""
+    run = RunFolder(folder)
+    return status is not None and status["state"] != "failed" and run.config.exists() and run.identity.exists()
+
+
 def make_room(folder: Path) -> None:
-    """Decides what happens to what an interrupted or failed attempt left: it makes room for a fresh one.
+    """Makes room for a fresh attempt where one failed, or was interrupted before it had begun.
 
     Metrics are never deleted: a folder that has some stays, under a hidden name that no report looks into.
     """
@@ -221,7 +234,7 @@ def _lock_file(folder: Path) -> Path:
 
 
 def _write_status(folder: Path, status: Status) -> None:
-    _write(_status_file(folder), json.dumps(status, indent=2) + "\n")
+    write_whole(_status_file(folder), json.dumps(status, indent=2) + "\n")
 
 
 def _now() -> str:

@@ -28,7 +28,7 @@ from ctxkv_lightning.run.sweep import Outcome, exit_code, look, read_status, run
 SPAWN = multiprocessing.get_context("spawn")
 
 
-def finish(folder, val_ppl=7.0):
+def finish(folder, resume=False, val_ppl=7.0):
     RunFolder(folder).write_metrics({"result": {"val_ppl": val_ppl}})
     return val_ppl
 
@@ -37,12 +37,12 @@ def trial(folder, run=finish, **options):
     return run_trial(folder, ["interval=2"], {"interval": 2}, run, **options)
 
 
-def never(folder):
+def never(folder, resume):
     pytest.fail("it ran")
 
 
 def raising(error):
-    def run(folder):
+    def run(folder, resume):
         raise error
 
     return run
@@ -64,7 +64,7 @@ def write(folder, metrics=None, **status):
 
 def test_the_status_of_a_finished_trial_has_what_the_contract_names(folder):
     seen = []
-    assert trial(folder, lambda path: seen.append(read_status(path)) or finish(path)) == 7
+    assert trial(folder, lambda path, resume: seen.append(read_status(path)) or finish(path)) == 7
     (during,), after = seen, read_status(folder)
     assert during == {
         "state": "running",
@@ -106,7 +106,7 @@ def test_metrics_are_never_deleted(folder):
 def test_an_attempt_that_came_to_nothing_makes_room(folder, state):
     write(folder, state=state)
     (folder / "checkpoints").mkdir()
-    assert trial(folder, lambda path: finish(RunFolder.claim(path).path)) == 7
+    assert trial(folder, lambda path, resume: finish(RunFolder.claim(path).path)) == 7
     assert sorted(path.name for path in folder.parent.iterdir()) == [".abc.lock", "abc"]
 
 
@@ -128,7 +128,7 @@ def test_the_users_mistake_is_told_and_kept(folder, capsys):
 
 
 def test_a_bug_is_told_and_kept_with_its_traceback(folder, capsys):
-    def run(path):
+    def run(path, resume):
         RunFolder(path).log.write_text("what was said before\n")
         raise RuntimeError("two\nlines")
 
@@ -150,8 +150,8 @@ def test_an_interrupt_passes_through(folder, error):
 
 
 def test_quiet_drops_what_the_run_prints_but_not_how_it_ended(folder, capsys):
-    trial(folder, lambda path: print("chatter") or finish(path), quiet=True)
-    trial(folder.with_name("def"), lambda path: print("chatter") or finish(path))
+    trial(folder, lambda path, resume: print("chatter") or finish(path), quiet=True)
+    trial(folder.with_name("def"), lambda path, resume: print("chatter") or finish(path))
     assert capsys.readouterr().out.splitlines() == [
         "trial abc starts: interval=2",
         "trial abc finished: validation PPL 7.0",
@@ -164,7 +164,7 @@ def test_quiet_drops_what_the_run_prints_but_not_how_it_ended(folder, capsys):
 def test_what_a_trial_held_is_free_for_the_next(folder):
     held = []
 
-    def run(path):
+    def run(path, resume):
         module = threading.Event()
         module.itself = module  # a cycle, as models have them
         held.append(weakref.ref(module))
@@ -178,7 +178,7 @@ def test_what_a_trial_held_is_free_for_the_next(folder):
         gc.enable()
 
 
-def _hang(folder):
+def _hang(folder, resume):
     (folder / "checkpoints").mkdir()
     time.sleep(100)
 
@@ -207,7 +207,7 @@ def test_a_trial_that_another_process_runs_is_skipped_until_that_process_is_kill
     assert trial(folder) == 7
 
 
-def _slow(folder):
+def _slow(folder, resume):
     with (folder.parent / "runs").open("a") as file:
         file.write(folder.name + "\n")
     time.sleep(0.02)
@@ -256,7 +256,7 @@ def test_a_running_trial_has_a_heartbeat(folder, monkeypatch):
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.01)
     heard = threading.Event()
 
-    def run(path):
+    def run(path, resume):
         os.utime(path / "status.json", (0, 0))
         for _ in range(500):
             if (path / "status.json").stat().st_mtime > 0:
@@ -292,7 +292,7 @@ def test_a_status_is_replaced_as_a_whole(folder, monkeypatch):
     def die(*_):
         raise OSError(errno.ENOSPC, "no room")
 
-    def run(path):
+    def run(path, resume):
         monkeypatch.setattr(os, "replace", die)
         return 7.0
 
@@ -362,3 +362,27 @@ def test_a_process_that_is_no_worker_of_that_parent_is_left_alone():
 def test_a_sweep_is_told_without_loading_torch():
     code = "import ctxkv_lightning.run.sweep, ctxkv_lightning.door, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("state", "left", "resumed"),
+    [
+        ("interrupted", ("config.yaml", "data.json"), True),
+        ("running", ("config.yaml", "data.json"), True),  # its process is dead
+        ("interrupted", ("config.yaml",), False),  # the text had not been read
+        ("failed", ("config.yaml", "data.json"), False),
+    ],
+)
+def test_an_interrupted_trial_goes_on_and_a_failed_one_starts_afresh(folder, state, left, resumed):
+    write(folder, state=state)
+    for name in left:
+        (folder / name).write_text("")
+    seen = []
+
+    def run(path, resume):
+        seen.append((resume, (path / "config.yaml").exists()))
+        return finish(path)
+
+    assert trial(folder, run) == 7
+    assert seen == [(resumed, resumed)]
+    assert read_status(folder)["state"] == "finished"

@@ -1,0 +1,116 @@
+"""`resume=` on the command line: which run it means, with which settings, and what it refuses."""
+
+import os
+import time
+from dataclasses import asdict
+
+import pytest
+import yaml
+
+from ctxkv_lightning.config import Config
+from ctxkv_lightning.door import check_command_line, read_command_line
+from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.run.lease import locked
+from tests.test_door import door
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def left(here, name, *words, finished=False):
+    """A run folder as an interrupted, or finished, run of these words leaves it."""
+    (config,) = check_command_line(list(words))
+    run = RunFolder.claim(here / "outputs" / "2026-01-01" / name)
+    run.write_config(yaml.safe_dump(asdict(config)))
+    if finished:
+        run.write_metrics({})
+    os.utime(run.config, ns=(time.time_ns(), time.time_ns()))
+    return run
+
+
+def test_a_folder_brings_its_own_settings(here):
+    run = left(here, "a", "interval=50", "train.lr=0.5")
+    asked = read_command_line([f"resume={run.path}"])
+    assert asked.folder == run.path
+    (trial,) = asked.trials
+    assert (trial.config.interval, trial.config.train.lr) == (50, 0.5)
+
+
+def test_what_the_command_line_says_stands_on_top_even_if_it_is_a_default(here):
+    run = left(here, "a", "interval=50", "train.max_epochs=3")
+    (trial,) = read_command_line([f"resume={run.path}", "train.max_epochs=8", "trainer=cpu"]).trials
+    assert (trial.config.interval, trial.config.train.max_epochs) == (50, 8)
+    assert trial.config.trainer.accelerator == "cpu"
+    (trial,) = read_command_line([f"resume={run.path}", "interval=20"]).trials
+    assert trial.config.interval == 20  # for the pipeline to refuse
+
+
+def test_last_is_the_newest_run(here):
+    left(here, "b", "interval=2")
+    newest = left(here, "a", "interval=3")
+    assert read_command_line(["resume=last"]).folder == newest.path
+
+
+def test_auto_is_the_newest_interrupted_run_with_these_settings_that_nobody_is_at(here):
+    older = left(here, "a", "interval=2")
+    newer = left(here, "b", "interval=2")
+    left(here, "c", "interval=3")
+    left(here, "d", "interval=2", finished=True)
+    assert read_command_line(["resume=auto", "interval=2"]).folder == newer.path
+    with locked(newer.lock):
+        assert read_command_line(["resume=auto", "interval=2"]).folder == older.path
+    assert read_command_line(["resume=auto", "interval=4"]).resumed is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["resume=nowhere"], "there is no run in that folder"),
+        (["resume=last"], "finds no run below outputs"),
+        (["-m", "resume=auto", "interval=2,3"], "a sweep goes on when its command is repeated"),
+        (["-m", "trainer.devices=2", "interval=2,3"], "must be 1 in a sweep"),
+        (["-m", "trainer.num_nodes=2"], "must be 1 in a sweep"),
+    ],
+)
+def test_refused_in_one_sentence(here, words, message):
+    with pytest.raises(UserError, match=message):
+        read_command_line(words)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "interval: fifty",
+        "_target_: os.system",
+        "interval: ${oc.env:HOME}",
+        "[1, 2",
+        "!!python/object/apply:os.system [ls]",
+    ],
+)
+def test_a_hostile_or_damaged_run_folder_is_refused(here, content):
+    run = left(here, "a")
+    run.config.write_text(content)
+    with pytest.raises(UserError):
+        read_command_line([f"resume={run.path}"])
+
+
+BODY = """
+    print("ran", config.interval, config.resume, resume, folder.name)
+    return 7.0
+"""
+
+
+def test_the_door_hands_the_run_over_to_go_on(here):
+    run = left(here, "a", "interval=3")
+    done = door(here, f"resume={run.path}", body=BODY)
+    assert "ran 3 " in done.stdout
+    assert done.stdout.rstrip().endswith("strict a"), (done.stdout, done.stderr)
+    assert door(here, "resume=auto", "interval=3", body=BODY).stdout.rstrip().endswith("forgiving a")
+    fresh = door(here, "resume=auto", "interval=4", body=BODY)
+    assert "starting a new one" in fresh.stdout
+    assert " no " in fresh.stdout
+    assert Config().resume is None

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 OUTPUT ?= benchmarks/results
 
-.PHONY: help setup train test test-all lint bench bench-quality bench-scale bench-gpu clean
+.PHONY: help setup train test test-all lint results bench bench-quality bench-scale bench-gpu clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,7 +43,17 @@ bench: $(STAMP) ## Measure every claim of speed and precision on this machine (1
 	$(BIN)/python -m benchmarks.phase2 --repeats 2 --output $(OUTPUT)
 	$(BIN)/python -m benchmarks.allocator --output $(OUTPUT)
 	$(BIN)/python -m benchmarks.compile --output $(OUTPUT)
+	$(BIN)/python -m benchmarks.generate --output $(OUTPUT)
 	$(BIN)/python -m benchmarks.precision --epochs 1 --output $(OUTPUT)
+
+results: $(STAMP) ## Train every model and sweep, hours on two cores; what is finished is kept, RESULTS.md is made anew
+	$(BIN)/python train.py -m seed=42,1,2 model=context_kv,sliding_window,transformer,recurrence,cascade hydra.sweep.dir=outputs/results/models
+	$(BIN)/python train.py -m seed=42,1,2 selection=grid hydra.sweep.dir=outputs/results/grid
+	$(BIN)/python train.py -m seed=42,1,2 'interval=[1,1,5,5,20,20,80,80]' hydra.sweep.dir=outputs/results/heads
+	$(BIN)/python train.py -m interval=50,100 hydra.sweep.dir=outputs/results/interval
+	$(BIN)/python train.py -m max_contexts=16,64 hydra.sweep.dir=outputs/results/max_contexts
+	$(BIN)/python train.py -m samples=500 seed=42,1,2 model=context_kv,sliding_window,transformer,recurrence,cascade hydra.sweep.dir=outputs/results/models-500
+	$(BIN)/python -m benchmarks.findings outputs/results
 
 bench-quality: $(STAMP) ## Time to the published method's best PPL, which it takes half an hour to reach
 	$(BIN)/python -m benchmarks.time_to_quality --full --output $(OUTPUT)

@@ -43,7 +43,131 @@ def _default_output(folders: Sequence[Path]) -> Path:
     return folders[0] / "comparison" if (folders[0] / "metrics.json").exists() else folders[0]
 
 
-COMMANDS: tuple[Callable[[argparse.ArgumentParser], Handler], ...] = (report,)
+def fetch(parser: argparse.ArgumentParser) -> Handler:
+    """Prepare a folder with all that the published experiment needs on a machine without network."""
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to put the files")
+
+    def run(options: argparse.Namespace) -> None:
+        from ctxkv_lightning.config import DataConfig
+        from ctxkv_lightning.text.fetch import RECORDS, fetch
+
+        for line in fetch(options.folder, DataConfig().dataset, DataConfig().split, records=RECORDS):
+            print(line)
+
+    return run
+
+
+def fit(parser: argparse.ArgumentParser) -> Handler:
+    """Go on with a run through LightningCLI: --config RUN/lightning.yaml --ckpt_path RUN/checkpoints/last.ckpt."""
+    return _lightning(parser, "fit")
+
+
+def validate(parser: argparse.ArgumentParser) -> Handler:
+    """Validate a checkpoint through LightningCLI: --config RUN/lightning.yaml --ckpt_path CHECKPOINT."""
+    return _lightning(parser, "validate")
+
+
+def test(parser: argparse.ArgumentParser) -> Handler:
+    """Test a checkpoint through LightningCLI: --config RUN/lightning.yaml --ckpt_path CHECKPOINT."""
+    return _lightning(parser, "test")
+
+
+def _lightning(parser: argparse.ArgumentParser, subcommand: str) -> Handler:
+    parser.set_defaults(takes_all=True)
+
+    def run(options: argparse.Namespace) -> None:
+        from ctxkv_lightning.cli import run_lightning
+
+        run_lightning(subcommand, options.rest)
+
+    return run
+
+
+def cache(parser: argparse.ArgumentParser) -> Handler:
+    """List, verify or prune what runs have left in the cache for others."""
+    parser.add_argument(
+        "action", choices=("list", "verify", "prune"), help="prune removes what is damaged or left over"
+    )
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", default=Path("outputs/cache"), help="(default: %(default)s)"
+    )
+    parser.add_argument("--older-than", type=float, metavar="DAYS", help="prune: also what was not used for so long")
+
+    def run(options: argparse.Namespace) -> None:
+        if options.older_than is not None and (options.action != "prune" or not options.older_than >= 0):
+            raise UserError("--older-than goes with prune and takes a number of days, at least 0.")
+        from ctxkv_lightning.run.cache import show
+
+        if not show(options.action, options.cache_dir, options.older_than):
+            raise SystemExit(1)
+
+    return run
+
+
+def doctor(parser: argparse.ArgumentParser) -> Handler:
+    """Tell whether this machine is ready: versions, devices, caches, what works without a network."""
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", default=Path("outputs/cache"), help="(default: %(default)s)"
+    )
+
+    def run(options: argparse.Namespace) -> None:
+        from ctxkv_lightning.config import DataConfig
+        from ctxkv_lightning.run.doctor import examine
+
+        findings = examine(options.cache_dir, DataConfig().dataset)
+        print(*findings, sep="\n")
+        if any(finding.mark == "broken" for finding in findings):
+            raise SystemExit(1)
+
+    return run
+
+
+def generate(parser: argparse.ArgumentParser) -> Handler:
+    """Go on with a prompt, in memory that does not grow: writes text as it comes, then, on stderr, how fast it came."""
+    parser.add_argument("folder", type=Path, metavar="RUN", help="a finished run, or an exported folder")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="what to go on with")
+    prompt.add_argument("--prompt-file", type=Path, metavar="F", help="a UTF-8 file of any length; - for stdin")
+    parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="tokens to write (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest (default: 0.8)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that sum to P")
+    parser.add_argument("--seed", type=int, default=42, help="of what is drawn; the B texts differ (default: 42)")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="texts to write side by side (default: 1)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
+
+    def run(options: argparse.Namespace) -> None:
+        from ctxkv_lightning.write import run_generate
+
+        run_generate(options)
+
+    return run
+
+
+def export(parser: argparse.ArgumentParser) -> Handler:
+    """Write a finished run's model, tokenizer and model card into a folder for others, and for the hub."""
+    parser.add_argument("folder", type=Path, metavar="RUN", help="a finished run")
+    parser.add_argument("output", type=Path, metavar="FOLDER", help="where to; must not exist yet")
+
+    def run(options: argparse.Namespace) -> None:
+        from ctxkv_lightning.export import export_run
+
+        print(export_run(options.folder, options.output))
+
+    return run
+
+
+COMMANDS: tuple[Callable[[argparse.ArgumentParser], Handler], ...] = (
+    fit,
+    validate,
+    test,
+    report,
+    fetch,
+    cache,
+    doctor,
+    generate,
+    export,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,7 +185,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code, 2 after a UserError, which is one line on stderr."""
     try:
-        options = build_parser().parse_args(arguments)
+        parser = build_parser()
+        options, rest = parser.parse_known_args(arguments)
+        if rest and not getattr(options, "takes_all", False):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.rest = rest
         options.handler(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

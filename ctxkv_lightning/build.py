@@ -38,6 +38,7 @@ class Text(NamedTuple):
     documents: dict[str, tuple[Document, ...]]  # by split
     tokens: Store
     vocab_size: int
+    encoding: Any
 
 
 def prepare_text(config: Config) -> Text:
@@ -65,7 +66,7 @@ def prepare_text(config: Config) -> Text:
         f"text {len(chosen['train']):,} documents, {sizes['train']:,} training tokens, vocabulary "
         f"{encoding.n_vocab:,} {reused(tokens)}"
     )
-    return Text(chosen, tokens, encoding.n_vocab)
+    return Text(chosen, tokens, encoding.n_vocab, encoding)
 
 
 def read_corpus(config: Config) -> Corpus:

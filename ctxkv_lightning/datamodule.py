@@ -137,7 +137,7 @@ class ContextDataModule(L.LightningDataModule):
 
     def use_encoders(self, folders: Sequence[str]) -> None:
         """Ends the first phase: from here on, batches are windows over the contexts of these encoders."""
-        self.encoder_folders = list(folders)
+        self.encoder_folders = self.hparams["encoders"] = list(folders)
         self.streams = {}
 
     def prepare_data(self) -> None:

@@ -30,6 +30,7 @@ from ctxkv_lightning.config import Config
 from ctxkv_lightning.context.pretrain import CONVERGENCE, OACDPretrainModule, save_encoder
 from ctxkv_lightning.datamodule import ContextDataModule
 from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.initial import borrowed_encoder, load_weights
 from ctxkv_lightning.lm.module import MONITOR, ContextKVLMModule
 from ctxkv_lightning.metrics import (
     describe_attention,
@@ -54,6 +55,7 @@ from ctxkv_lightning.run.machine import (
 )
 from ctxkv_lightning.run.trainer import make_trainer
 from ctxkv_lightning.store import Store, get_or_build
+from ctxkv_lightning.text.encoding import save_encoding
 
 
 class Trained(NamedTuple):
@@ -89,6 +91,7 @@ def run_experiment(config: Config, folder: Path, resume: Literal["no", "strict",
         run = RunFolder.claim(folder) if resume == "no" else RunFolder(folder)
         with alone_in(run), logging_to(run.log):
             check_identity(run, text)
+            save_encoding(text.encoding, run.tokenizer)
             run.write_config(yaml.safe_dump(asdict(replace(config, resume=None)), sort_keys=False))
             log.info(f"run folder {run.path}" + ("" if resume == "no" else " (resumed)"))
             metrics = run_stages(config, run, text, stages)
@@ -115,7 +118,11 @@ def run_stages(config: Config, run: RunFolder, text: Text, stages: Stages) -> di
         table = build_embedding(config, text)
         data = build_data(config, text, table)
     with stages("pretrain"):
-        encoders = [pretrain(config, run, data, half, halves) for half, halves in ENCODERS[config.model.name]]
+        parts = ENCODERS[config.model.name]
+        if config.init_from is None:
+            encoders = [pretrain(config, run, data, part, of) for part, of in parts]
+        else:
+            encoders = [borrowed_encoder(config.init_from, config.cache_dir, part) for part, _ in parts]
     with stages("contexts"):
         data.use_encoders([str(encoder.path) for encoder in encoders])
         contexts = data.context_stores()
@@ -192,31 +199,30 @@ def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: i
     """Phase 2, then the best checkpoint reloaded: validated, and tested once."""
     L.seed_everything(config.seed, verbose=False)
     module = build_module(config, vocab_size)
-    columns = {"train_ppl": "train/ppl", "val_ppl": MONITOR, "val_accuracy": "val/accuracy"}
-    history = History(columns, data.train_tokens - 1)
-    patience = EarlyStopping(MONITOR, mode="min", patience=config.train.patience, check_finite=True)
-    best = ModelCheckpoint(
-        run.checkpoints,
-        filename="best",
-        monitor=MONITOR,
-        mode="min",
-        save_last=True,
-        enable_version_counter=False,
-        save_on_train_epoch_end=True,  # when the epoch is over, its row of the history included
-    )
+    if config.init_from is not None:
+        load_weights(module, config.init_from, data)
+    settings = callback_settings(config, run, data)
+    history, patience = History(**settings["history"]), EarlyStopping(**settings["early_stopping"])
+    best, safeguard = ModelCheckpoint(**settings["checkpoint"]), Safeguard(**settings["safeguard"])
     data.setup("fit")
     steps = len(data.train_dataloader())
     checkpoint = newest_intact(run.checkpoints)[0]
+    hardware = {
+        **asdict(config.trainer),
+        "precision": resolve_precision(config.trainer.precision, config.trainer.accelerator),
+        "max_epochs": config.train.max_epochs,
+    }
     trainer = make_trainer(
-        asdict(config.trainer),
+        hardware,
         run,
         "train",
         steps=steps,
-        precision=resolve_precision(config.trainer.precision, config.trainer.accelerator),
-        max_epochs=config.train.max_epochs,
         kept_steps=steps_done(checkpoint),
-        callbacks=[history, RandomState(), patience, best, Safeguard(run.last_checkpoint)],
+        callbacks=[history, RandomState(), patience, best, safeguard],
     )
+    if trainer.is_global_zero:
+        parts = {"model": dict(module.hparams), "data": dict(data.hparams), **settings}
+        run.write_lightning(yaml.safe_dump(lightning_settings(config, trainer, hardware, parts), sort_keys=False))
     if compile_pays(config.train.compile, config.trainer.accelerator, steps * config.train.max_epochs):
         module.model.compile()
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -224,7 +230,48 @@ def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: i
     scores: dict[str, float] = {}
     for evaluate in (trainer.validate, trainer.test):
         scores |= evaluate(module, datamodule=data, ckpt_path=best.best_model_path, weights_only=True, verbose=False)[0]
-    return Trained(module, history, patience.stopped_epoch > 0, scores)
+    return Trained(module, history, history.stopped, scores)
+
+
+def callback_settings(config: Config, run: RunFolder, data: ContextDataModule) -> dict[str, dict[str, Any]]:
+    """The arguments of Phase 2's callbacks, plain, by their section in `lightning.yaml`."""
+    return {
+        "history": {
+            "columns": {"train_ppl": "train/ppl", "val_ppl": MONITOR, "val_accuracy": "val/accuracy"},
+            "tokens": data.train_tokens - 1,
+        },
+        "early_stopping": {
+            "monitor": MONITOR,
+            "mode": "min",
+            "patience": config.train.patience,
+            "check_finite": True,
+        },
+        "checkpoint": {
+            "dirpath": str(run.checkpoints),
+            "filename": "best",
+            "monitor": MONITOR,
+            "mode": "min",
+            "enable_version_counter": False,
+            "save_on_train_epoch_end": True,  # when the epoch is over, its row of the history included
+        },
+        "safeguard": {"checkpoint": str(run.last_checkpoint)},
+    }
+
+
+def lightning_settings(
+    config: Config, trainer: L.Trainer, hardware: dict[str, Any], parts: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of `lightning.yaml`: what LightningCLI needs to build this phase again."""
+    trainer_settings = {
+        **hardware,
+        "enable_progress_bar": bool(hardware["enable_progress_bar"]),
+        "log_every_n_steps": trainer.log_every_n_steps,  # type: ignore[attr-defined]
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+        "default_root_dir": trainer.default_root_dir,
+    }
+    logger = {"folder": trainer.default_root_dir, "phase": "train"}
+    return {"seed_everything": config.seed, "trainer": trainer_settings, **parts, "csv": logger}
 
 
 def collect_metrics(

@@ -106,7 +106,7 @@ def test_an_epoch_has_several_steps(whole):
     [
         ("ContextKVLMModule", STEPS + 3),  # mid-epoch
         ("ContextKVLMModule", 1),
-        ("ContextKVLMModule", 2 * STEPS),  # at an epoch's end: saved one step later
+        ("ContextKVLMModule", 2 * STEPS),  # at an epoch's end
         ("OACDPretrainModule", 2),
     ],
 )
@@ -195,11 +195,10 @@ def test_a_changed_text_is_refused_with_both_hashes(tmp_path, monkeypatch):
         "read_pydocs",
         lambda: [doc._replace(text=doc.text + ".") for doc in read_pydocs()],
     )
-    with pytest.raises(UserError, match=f"the tokenizer has changed.*{began['tokenizer']}, is [0-9a-f]{{64}}"):
-        pipeline.run_experiment(config, tmp_path / "run", resume="strict")
-    (tmp_path / "run" / "data.json").write_text(json.dumps({"text": began["text"]}))  # the tokenizer is passed over
-    with pytest.raises(UserError, match=f"the text has changed.*{began['text']}, is [0-9a-f]{{64}}"):
-        pipeline.run_experiment(config, tmp_path / "run", resume="strict")
+    for name in ("text", "tokenizer"):  # a learnt tokenizer changes with its text
+        (tmp_path / "run" / "data.json").write_text(json.dumps({name: began[name]}))
+        with pytest.raises(UserError, match=f"the {name} has changed.*{began[name]}, is [0-9a-f]{{64}}"):
+            pipeline.run_experiment(config, tmp_path / "run", resume="strict")
 
 
 def test_a_damaged_last_checkpoint_is_refused_or_passed_over(tmp_path, monkeypatch, capsys):
@@ -214,3 +213,29 @@ def test_a_damaged_last_checkpoint_is_refused_or_passed_over(tmp_path, monkeypat
     pipeline.run_experiment(config, tmp_path / "run", resume="forgiving")
     assert "best.ckpt instead" in capsys.readouterr().out
     assert len(numbers(tmp_path / "run")[0]) == 3
+
+
+def test_a_run_killed_after_stopping_early_trains_no_further(tmp_path, monkeypatch):
+    """Early stopping acts after the epoch's history row is written; the checkpoint must know it all the same."""
+    train = replace(BASE.train, max_epochs=9, patience=1, lr=0.05)
+    config = replace(BASE, cache_dir=str(tmp_path / "cache"), train=train)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "build_footing", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pipeline.run_experiment(config, tmp_path / "run")
+    before = read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"]
+    assert before < 9 * STEPS
+    pipeline.run_experiment(config, tmp_path / "run", resume="strict")
+    assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == before
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train"]["stopped_early"]
+
+
+def test_a_new_run_may_start_from_the_weights_of_another(whole, tmp_path):
+    config = replace(BASE, cache_dir=str(whole.parent / "cache"), init_from=str(whole), seed=BASE.seed)
+    pipeline.run_experiment(replace(config, train=replace(BASE.train, max_epochs=1)), tmp_path / "run")
+    first, best = numbers(tmp_path / "run")[0][0], min(row["val_ppl"] for row in numbers(whole)[0])
+    assert first["val_ppl"] < best  # it goes on from there, not from random weights
+    with pytest.raises(UserError, match="another embedding table"):
+        pipeline.run_experiment(replace(config, samples=5), tmp_path / "other")
+    with pytest.raises(UserError, match="does not fit this model"):
+        pipeline.run_experiment(replace(config, model=replace(config.model, ffn_dim=32)), tmp_path / "third")

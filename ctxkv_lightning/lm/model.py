@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.lm.attention import Selection, attend, slot_weights
+from ctxkv_lightning.lm.pretrained import PretrainedModule
 
 
-class TiedLM(nn.Module):
+class TiedLM(PretrainedModule):
     """What all models share: frozen normalised embeddings, the head tied to them, and frozen encoders if any.
 
     A subclass has `forward(embeddings, memory, first) -> (B, T, D)`: final hidden states from normalised embeddings

@@ -70,18 +70,25 @@ class History(Callback):
         self.columns = columns
         self.tokens = tokens
         self.epochs: list[dict[str, float]] = []
-        self.stopped = False
+        self._stopped = False
+        self._trainer: Trainer | None = None
         self._started = self._trained = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {"epochs": self.epochs, "stopped": self.stopped}
 
+    @property
+    def stopped(self) -> bool:
+        """Whether training has been told to stop before its last epoch."""
+        return self._trainer.should_stop if self._trainer is not None else self._stopped
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.epochs, self.stopped = state_dict["epochs"], state_dict["stopped"]
+        self.epochs, self._stopped = state_dict["epochs"], state_dict["stopped"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.perf_counter()  # an epoch that is resumed half-way is timed from here
-        trainer.should_stop = trainer.should_stop or self.stopped
+        trainer.should_stop = trainer.should_stop or self._stopped
+        self._trainer = trainer
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.perf_counter()
@@ -95,7 +102,6 @@ class History(Callback):
         row |= {column: float(trainer.callback_metrics[name]) for column, name in self.columns.items()}
         row |= {"seconds": seconds, "tokens_per_second": self.tokens / (self._trained - self._started)}
         self.epochs.append(row)
-        self.stopped = trainer.should_stop
 
 
 class Stages:

@@ -8,7 +8,6 @@ What it holds is tensors, numbers, texts, lists and dictionaries: nothing in it 
 import hashlib
 import json
 import os
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,10 +34,9 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             _replace(path, checkpoint)
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise UserError(
-                f"the checkpoint {path} cannot be written ({reason}): make room or rights there; what was saved before "
-                "is intact"
+                f"the checkpoint {path} cannot be written ({_reason(error)}): make room or rights there; what was "
+                "saved before is intact"
             ) from error
         verify(path)
 
@@ -47,8 +45,11 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         return read(Path(path), map_location)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Removes file and manifest."""
-        for file in (Path(path), manifest_of(Path(path))):
+        """Removes file and manifest, of a checkpoint; a resumed one may name any file as its predecessor."""
+        path = Path(path)
+        if path.suffix != SUFFIX or ".." in path.parts:
+            raise UserError(f"{path} is no checkpoint of this run and is not removed: do not resume from this one")
+        for file in (path, manifest_of(path)):
             file.unlink(missing_ok=True)
 
 
@@ -61,17 +62,20 @@ def read(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """The content of a checkpoint of ours, verified. Raises UserError when it is missing, damaged or not plain data."""
     verify(path)
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # torch's reader raises whatever it stumbles over
         raise UserError(
             f"{path} holds more than tensors and plain values, or is no checkpoint: it is not read"
         ) from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("global_step"), int):
+        raise UserError(f"{path} is no checkpoint of a run, it has no global_step: it is not read")
+    return checkpoint
 
 
 def verify(path: Path) -> None:
     """Raises UserError unless the file has the size and SHA-256 that its manifest states."""
     try:
-        stated = json.loads(manifest_of(path).read_text(encoding="utf-8"))["sha256"]
+        stated = [str(digest)[:64] for digest in json.loads(manifest_of(path).read_text(encoding="utf-8"))["sha256"]]
         found = _sha256(path)
     except FileNotFoundError as error:
         raise UserError(
@@ -80,7 +84,8 @@ def verify(path: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"the checkpoint {path} or its manifest cannot be read ({error})") from None
     if found not in stated:
-        raise UserError(f"the checkpoint {path} is damaged: its SHA-256 is {found[:12]}…, saved was {stated[0][:12]}…")
+        saved = " or ".join(f"{digest[:12]}…" for digest in stated) or "none"
+        raise UserError(f"the checkpoint {path} is damaged: its SHA-256 is {found[:12]}…, saved was {saved}")
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
@@ -126,12 +131,23 @@ def _replace(path: Path, checkpoint: dict[str, Any]) -> None:
 def _write_manifest(path: Path, digests: Sequence[str]) -> None:
     manifest = manifest_of(path)
     aside = manifest.with_name(f"{ASIDE}{manifest.name}-{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump({"sha256": list(digests)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, manifest)
-    _sync_folder(path.parent)
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            json.dump({"sha256": list(digests)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, manifest)
+        _sync_folder(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _reason(error: BaseException) -> str:
+    """What the disk said, which torch's writer buries."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return str(getattr(cause, "strerror", None) or str(error).splitlines()[0])
 
 
 def _sync_folder(folder: Path) -> None:

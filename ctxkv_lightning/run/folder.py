@@ -66,6 +66,11 @@ class RunFolder:
         return self.path / "data.json"
 
     @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer, so that the run can be used where its text is not."""
+        return self.path / "tokenizer"
+
+    @property
     def lock(self) -> Path:
         """Held while a process is at the run."""
         return self.path / ".lock"
@@ -128,6 +133,16 @@ class RunFolder:
     def write_config(self, text: str) -> None:
         """Replaces `config.yaml` as a whole; raises UserError when the disk refuses."""
         write_whole(self.config, text)
+
+    @property
+    def lightning(self) -> Path:
+        """Phase 2 for LightningCLI."""
+        return self.path / "lightning.yaml"
+
+    def write_lightning(self, settings: str) -> None:
+        """Writes `lightning.yaml`, with the command that goes on from it; raises UserError when the disk refuses."""
+        command = f"python -m ctxkv_lightning fit --config {self.lightning} --ckpt_path {self.last_checkpoint}"
+        write_whole(self.lightning, f"# {command}\n{settings}")
 
     def write_identity(self, hashes: dict[str, str]) -> None:
         """Writes the hashes of text and tokenizer; raises UserError when the disk refuses."""

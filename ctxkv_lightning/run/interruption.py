@@ -30,14 +30,18 @@ class Interrupted(BaseException):
 class Safeguard(Checkpoint):
     """Saves `checkpoint` every `every_seconds`, and on SIGTERM, SIGUSR1 or Ctrl-C, after which it raises `Interrupted`.
 
-    It acts between two steps, or between two epochs where an epoch is not to be broken. A second Ctrl-C quits
-    at once. All processes of a run stop at the same place, whichever was told.
+    It acts between two steps, and saves at the end of each epoch too; or only between two epochs, where an epoch is
+    not to be broken and may be too short to be worth a checkpoint. A second Ctrl-C quits at once. All processes of a
+    run stop at the same place, whichever was told.
     """
 
     def __init__(
-        self, checkpoint: Path, between: Literal["steps", "epochs"] = "steps", every_seconds: float = EVERY_SECONDS
+        self,
+        checkpoint: str | Path,
+        between: Literal["steps", "epochs"] = "steps",
+        every_seconds: float = EVERY_SECONDS,
     ) -> None:
-        self.checkpoint, self.between, self.every_seconds = checkpoint, between, every_seconds
+        self.checkpoint, self.between, self.every_seconds = Path(checkpoint), between, every_seconds
         self._received: int | None = None
         self._saved = 0.0
         self._before: dict[int, Any] = {}
@@ -48,13 +52,11 @@ class Safeguard(Checkpoint):
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
-        # After an epoch's last step there is validation to do: the next step, or the end, is near enough.
         if self.between == "steps" and not trainer.is_last_batch:
             self._act(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.between == "epochs":
-            self._act(trainer)
+        self._act(trainer, due=self.between == "steps")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._give_back()
@@ -62,9 +64,9 @@ class Safeguard(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._give_back()
 
-    def _act(self, trainer: Trainer) -> None:
+    def _act(self, trainer: Trainer, due: bool = False) -> None:
         asked = self._agreed(trainer, self._received is not None)
-        if asked or self._agreed(trainer, time.monotonic() - self._saved > self.every_seconds):
+        if asked or due or self._agreed(trainer, time.monotonic() - self._saved > self.every_seconds):
             trainer.save_checkpoint(self.checkpoint)
             self._saved = time.monotonic()
         if asked:

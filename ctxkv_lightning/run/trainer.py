@@ -23,9 +23,10 @@ class KeptCSVLogger(CSVLogger):
     What a killed run had logged after its last checkpoint is logged again.
     """
 
-    def __init__(self, run: RunFolder, phase: str, kept_steps: int) -> None:
-        super().__init__(run.path, name="", version=phase)
-        self._kept = [row for row in _rows(run.logs(phase) / "metrics.csv") if int(row["step"]) < kept_steps]
+    def __init__(self, folder: str, phase: str = "train", kept_steps: int = 0) -> None:
+        super().__init__(folder, name="", version=phase)
+        rows = _rows(RunFolder(Path(folder)).logs(phase) / "metrics.csv")
+        self._kept = [row for row in rows if int(row["step"]) < kept_steps]
 
     @property
     @rank_zero_experiment
@@ -73,11 +74,11 @@ def make_trainer(
     hardware = dict(hardware)
     visible = hardware.pop("enable_progress_bar")
     visible = sys.stdout.isatty() if visible is None else visible
-    _quiet_lightning()
+    quiet_lightning()
     return L.Trainer(
         **{**hardware, **options},
         default_root_dir=run.path,
-        logger=KeptCSVLogger(run, phase, kept_steps),
+        logger=KeptCSVLogger(str(run.path), phase, kept_steps),
         plugins=[VerifiedCheckpointIO()],
         log_every_n_steps=min(10, steps),
         num_sanity_val_steps=0,
@@ -92,7 +93,7 @@ def make_trainer(
     )
 
 
-def _quiet_lightning() -> None:
+def quiet_lightning() -> None:
     """Silences what Lightning says that no user can act on."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ctxkv_lightning.context.solve import solve_contexts
+from ctxkv_lightning.lm import generate
 from ctxkv_lightning.lm.generate import Decoder, kept_tensors, state_bytes
 from ctxkv_lightning.lm.model import ContextKVLM
 from ctxkv_lightning.lm.rivals import CascadeLM, RecurrenceLM, TransformerLM
@@ -97,3 +98,47 @@ def test_a_prompt_comes_first_and_has_tokens():
     decoder.step(torch.tensor([1]))
     with pytest.raises(ValueError, match="after 1"):
         decoder.read(torch.tensor([[1, 2]]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", ["contexts", "kv"])
+@pytest.mark.parametrize("name", MODELS)
+def test_five_thousand_steps_equal_the_parallel_pass(name, keep):
+    model, tokens = made(name), torch.randint(0, V, (5000,))
+    decoder = Decoder(model, keep=keep)
+    stepped = torch.cat([decoder.step(token[None]) for token in tokens])
+    torch.testing.assert_close(stepped, parallel_logits(model, tokens), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("keep", ["contexts", "kv"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_row_does_not_depend_on_its_neighbours(name, keep):
+    model, tokens = made(name), torch.randint(0, V, (3, 60))
+    tokens[2] = tokens[0]
+    together, alone = Decoder(model, 3, keep), Decoder(model, keep=keep)
+    pairs = [(together.read(tokens[:, :25]), alone.read(tokens[1:2, :25]))]
+    pairs += [(together.step(column), alone.step(column[1:2])) for column in tokens[:, 25:].T]
+    for rows, row in pairs:
+        torch.testing.assert_close(rows[1:2], row, atol=1e-4, rtol=0)
+        assert torch.equal(rows[0], rows[2])
+        assert not torch.equal(rows[0], rows[1])
+
+
+@pytest.mark.parametrize("length", [8, 9, 23, 24, 60])
+@pytest.mark.parametrize("name", ["strided", "grid", "intervals", "one_context", "recurrence", "cascade"])
+def test_a_prompt_in_many_chunks_is_the_prompt(name, length, monkeypatch):
+    model, tokens = made(name), torch.randint(0, V, (2, length))
+    whole = Decoder(model, 2)
+    expected = whole.read(tokens)
+    monkeypatch.setattr(generate, "CHUNK", 8)
+    chunked = Decoder(model, 2)
+    torch.testing.assert_close(chunked.read(tokens), expected, atol=1e-4, rtol=0)
+    for key, kept in whole.kept().items():
+        torch.testing.assert_close(chunked.kept()[key], kept, atol=1e-4, rtol=0)
+
+
+def test_a_prompt_that_is_asked_several_times_is_solved_once(monkeypatch):
+    solved, calls = generate.solve_onwards, []
+    monkeypatch.setattr(generate, "solve_onwards", lambda *given: (calls.append(1), solved(*given))[1])
+    Decoder(made("strided"), 5).read(torch.randint(0, V, (1, 30)).expand(5, -1))
+    assert len(calls) == 1

@@ -1,0 +1,225 @@
+"""RESULTS.md: the tables of `make results`, and what they say in ten sentences, from the runs' metrics.json alone.
+
+No sentence states more than its numbers: which side wins, and whether seeds agree, is decided here, run by run.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ctxkv_lightning.report.comparison import write_comparison
+
+Run = dict[str, Any]
+"""The content of a metrics.json."""
+
+OURS, GRID, HEADS = "context_kv, strided", "context_kv, grid", "context_kv, an interval per head"
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Writes the page and its comparison; returns the page's path."""
+    made = argparse.ArgumentParser(description=__doc__)
+    made.add_argument("runs", type=Path, help="folder of the finished runs")
+    made.add_argument("--output", type=Path, default=Path("RESULTS.md"))
+    made.add_argument("--pages", type=Path, default=Path("docs/results"), help="folder of the comparison page")
+    options = made.parse_args(argv)
+    write_comparison([options.runs], options.pages)
+    keep_metrics(options.runs, options.pages / "runs")
+    options.output.write_text(page(kept_runs(options.pages / "runs"), options.pages), encoding="utf-8")
+    return options.output
+
+
+def keep_metrics(runs: Path, kept: Path) -> None:
+    """Copies every metrics.json, from which all of this can be made again."""
+    shutil.rmtree(kept, ignore_errors=True)
+    for file in sorted(runs.rglob("metrics.json")):
+        if not any(part.startswith(".") for part in file.relative_to(runs).parts):
+            target = kept / file.relative_to(runs)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+
+
+def kept_runs(kept: Path) -> list[Run]:
+    """The runs whose metrics were copied."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(kept.rglob("metrics.json"))]
+
+
+def kind(run: Run) -> str:
+    """What a run is called in the tables."""
+    config = run["config"]
+    if config["model"]["name"] != "context_kv":
+        return str(config["model"]["name"])
+    if isinstance(config["interval"], list):
+        return HEADS
+    return GRID if config["selection"] == "grid" else OURS
+
+
+class Row:
+    """Runs that differ only in their seed."""
+
+    def __init__(self, name: str, runs: Sequence[Run]) -> None:
+        self.name, self.runs = name, runs
+        results = [run["result"] for run in runs]
+        self.val = [result["val_ppl"] for result in results]
+        self.test = [result["test_ppl"] for result in results]
+        self.accuracy = statistics.mean(result["val_accuracy"] for result in results)
+        first = runs[0]
+        self.bytes = first["decode_state"]["bytes"]["10000"]
+        self.trained = first["parameters"]["trainable"]
+        self.epochs = [run["train"]["best_epoch"] for run in runs]
+        self.gap = statistics.mean(result["train_val_gap"] for result in results)
+
+    def cells(self) -> list[str]:
+        return [
+            self.name,
+            spread(self.val),
+            spread(self.test),
+            f"{self.accuracy:.1%}",
+            f"{self.gap:.0f}",
+            "/".join(map(str, self.epochs)),
+            f"{self.bytes:,}",
+            f"{self.trained:,}",
+            str(len(self.runs)),
+        ]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation; the value alone where there is one."""
+    mean = statistics.mean(values)
+    return f"{mean:.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
+
+
+def rows_of(runs: Sequence[Run], samples: int) -> list[Row]:
+    """The models at the default window, best first by validation PPL."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        config = run["config"]
+        default = config["max_contexts"] == 32 and (isinstance(config["interval"], list) or config["interval"] == 20)
+        if config["samples"] == samples and default:
+            seeds = [other["config"]["seed"] for other in groups.get(kind(run), [])]
+            if config["seed"] not in seeds:
+                groups.setdefault(kind(run), []).append(run)
+    return sorted((Row(name, group) for name, group in groups.items()), key=lambda row: statistics.mean(row.val))
+
+
+def swept(runs: Sequence[Run], key: str) -> list[Row]:
+    """Strided runs at 100 samples and the first seed along one key, all else at the default."""
+    default = {"interval": 20, "max_contexts": 32}
+    found: dict[int, Run] = {}
+    for run in runs:
+        config = run["config"]
+        others = all(config[name] == value for name, value in default.items() if name != key)
+        if kind(run) == OURS and others and config["samples"] == 100 and config["seed"] == 42:
+            found[config[key]] = run
+    return [Row(f"{key}={value}", [found[value]]) for value in sorted(found)]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as Markdown."""
+    head = [
+        "",
+        "val. PPL",
+        "test PPL",
+        "val. accuracy",
+        "gap",
+        "best epoch",
+        "bytes kept",
+        "trained parameters",
+        "seeds",
+    ]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *(row.cells() for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def page(runs: Sequence[Run], pages: Path) -> str:
+    """The whole page."""
+    parts = [
+        "# Results",
+        "Made by `make results` (benchmarks/findings.py) from the runs' metrics.json, which are in "
+        f"[{pages}/runs]({pages}/runs); [all runs side by side]({pages}/report.md). Default text and tokenizer, on a "
+        "CPU; ± is the sample standard deviation over seeds, gap is validation minus train PPL at the best epoch, bytes "
+        "kept are a decoder's after 10,000 tokens in fp32. Every model had the same recipe of at most 8 epochs, tuned "
+        "for none.",
+    ]
+    hundred = rows_of(runs, 100)
+    for samples in (100, 500):
+        rows = rows_of(runs, samples)
+        if rows:
+            parts += [f"## {samples} samples", table(rows)]
+    for key in ("interval", "max_contexts"):
+        rows = swept(runs, key)
+        if len(rows) > 1:
+            parts += [f"## Sweep over {key}, seed 42", table(rows)]
+    parts += ["## What they say", "\n".join(f"{n}. {text}" for n, text in enumerate(sentences(runs, hundred), start=1))]
+    return "\n\n".join(parts) + "\n"
+
+
+def sentences(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
+    """Ten sentences at most; those whose runs are missing are left out."""
+    by_name = {row.name: row for row in rows}
+    ours, said = by_name.get(OURS), []
+    if ours is None:
+        return ["The published recipe itself has not been run."]
+    first = ours.runs[0]
+    said.append(_footing(ours, first["footing"]))
+    for name, why in (
+        ("sliding_window", "at equal bytes kept, the keys and values of the last tokens"),
+        ("transformer", "at many times the bytes, attention over all tokens"),
+        ("recurrence", "with the current context alone, a three-hundredth of the bytes and no attention at all,"),
+        ("cascade", "with two contexts, no attention and a sixth of the trained parameters,"),
+        (GRID, "keeping 32 contexts instead of 621"),
+        (HEADS, "near and far intervals in one layer, at four times the bytes kept"),
+    ):
+        if name in by_name:
+            said.append(_against(ours, by_name[name], why))
+    for key in ("interval", "max_contexts"):
+        along = swept(runs, key)
+        if len(along) > 1:
+            said.append(_sweep(key, along))
+    said.append(_overfitting(rows))
+    return said[:10]
+
+
+def _footing(ours: Row, footing: dict[str, float]) -> str:
+    mean = statistics.mean(ours.val)
+    unigram, trigram, cache = (footing[f"{name}_ppl"] for name in ("unigram", "kneser_ney", "kneser_ney_cache"))
+    return (
+        f"The published recipe reaches a validation PPL of {spread(ours.val)}: {mean / unigram:.2f} × word "
+        f"frequencies ({unigram:.1f}), but {mean / trigram:.2f} × a Kneser-Ney trigram ({trigram:.1f}) and "
+        f"{mean / cache:.1f} × the trigram with a cache ({cache:.1f}) that counted the same tokens."
+    )
+
+
+def _against(ours: Row, other: Row, why: str) -> str:
+    ratio = statistics.mean(other.val) / statistics.mean(ours.val)
+    apart = max(ours.val) < min(other.val) or max(other.val) < min(ours.val)
+    verdict = "loses to the published selection" if ratio > 1 else "beats the published selection"
+    if not apart:
+        verdict = "is not told apart from the published selection by these seeds"
+    elif min(len(ours.val), len(other.val)) < 2:
+        verdict += " (one seed)"
+    return f"`{other.name}`, {why}, {verdict}: {spread(other.val)} against {spread(ours.val)}, {ratio:.2f} ×."
+
+
+def _sweep(key: str, along: Sequence[Row]) -> str:
+    values = ", ".join(f"{row.val[0]:.1f} at {row.name.partition('=')[2]}" for row in along)
+    best, worst = (choose(along, key=lambda row: row.val[0]) for choose in (min, max))
+    return (
+        f"Over `{key}`, validation PPL is {values} (one seed): {best.name.partition('=')[2]} is best, "
+        f"{worst.val[0] / best.val[0] - 1:.1%} better than the worst."
+    )
+
+
+def _overfitting(rows: Sequence[Row]) -> str:
+    widest, narrowest = (choose(rows, key=lambda row: row.gap) for choose in (max, min))
+    return (
+        f"All models fit their training text far better than the validation text: the gap is from {narrowest.gap:.0f} "
+        f"PPL (`{narrowest.name}`) to {widest.gap:.0f} (`{widest.name}`), so what is short at this size is text."
+    )
+
+
+if __name__ == "__main__":
+    print(main())

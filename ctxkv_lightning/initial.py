@@ -1,0 +1,60 @@
+"""`init_from=RUN`: a new run that starts from the trained weights of a finished one, encoders included."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctxkv_lightning.context.encoder import ContextEncoder
+from ctxkv_lightning.context.pretrain import save_encoder
+from ctxkv_lightning.datamodule import ContextDataModule
+from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.lm.module import ContextKVLMModule
+from ctxkv_lightning.run.checkpoint import read
+from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.store import Store, get_or_build
+
+
+def borrowed_encoder(source: str, cache_dir: str, number: int) -> Store:
+    """The store of encoder `number` of the run `source`, with its facts; raises UserError where the run has none."""
+    run = RunFolder(Path(source))
+    pretrain, weights = run.read_metrics()["pretrain"], trained_weights(source)
+    prefixes = ("model.encoder.", f"model.blocks.{number}.")
+    own = {name.removeprefix(p): tensor for p in prefixes for name, tensor in weights.items() if name.startswith(p)}
+    if not own:
+        raise UserError(f"init_from={source}: that run has no encoder for this model, choose one of the same model")
+    context_dim, both = own["linear.weight"].shape
+
+    def build(folder: Path) -> dict[str, Any]:
+        encoder = ContextEncoder(context_dim, both - context_dim)
+        encoder.load_state_dict(own)
+        save_encoder(encoder, folder)
+        return pretrain["encoders"][number] if "encoders" in pretrain else pretrain
+
+    return get_or_build(cache_dir, "encoder", {"init_from": str(run.path.resolve()), "number": number}, build)
+
+
+def load_weights(module: ContextKVLMModule, source: str, data: ContextDataModule) -> None:
+    """Copies all weights of the run `source`; raises UserError where the model or its frozen embedding is another."""
+    weights = trained_weights(source)
+    try:
+        module.load_state_dict(weights, strict=False)
+        missing = set(dict(module.named_parameters())) - set(weights)
+        if missing:
+            raise RuntimeError(f"missing {sorted(missing)[0]}")
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(
+            f"init_from={source} does not fit this model ({reason}): choose the same model and sizes"
+        ) from None
+    if not torch.equal(module.model.embedding.weight, data.table):
+        raise UserError(
+            f"init_from={source} was trained on another embedding table, for which its weights mean nothing here: keep "
+            "its tokenizer, embedding and the text they were learnt from, or use embedding=gpt2 in both"
+        )
+
+
+def trained_weights(source: str) -> dict[str, Tensor]:
+    """The weights of the best checkpoint of a run; raises UserError where there is none or it is damaged."""
+    return read(RunFolder(Path(source)).checkpoints / "best.ckpt")["state_dict"]

@@ -1,0 +1,281 @@
+"""Files and words from strangers run nothing and write nothing outside: a canary would tell."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
+from omegaconf import OmegaConf
+
+from ctxkv_lightning.door import check_command_line
+from ctxkv_lightning.errors import EXIT_CODE, UserError
+from ctxkv_lightning.lm.module import ContextKVLMModule
+from ctxkv_lightning.resume import load_config
+from ctxkv_lightning.run.checkpoint import VerifiedCheckpointIO, manifest_of, newest_intact, read
+from ctxkv_lightning.run.folder import RunFolder
+from tests.conftest import ROOT
+from tests.faults.injections import vouch_for
+
+
+class Gadget:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.fixture
+def canary(tmp_path, monkeypatch):
+    """Where the canary sings; importing `evil`, or calling anything in it, makes it sing."""
+    song = tmp_path / "canary"
+    code = f"import pathlib\nsong = pathlib.Path({str(song)!r})\nsong.touch()\ndef boom(*a, **k): song.touch()\n"
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "evil.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    yield song
+    assert not song.exists(), "somebody's code was run"
+    assert "evil" not in sys.modules
+
+
+def test_the_canary_sings(tmp_path):
+    """The gadgets below do work where nobody takes care."""
+    torch.save(Gadget(tmp_path / "sang"), tmp_path / "x.ckpt")
+    torch.load(tmp_path / "x.ckpt", weights_only=False)
+    assert (tmp_path / "sang").is_dir()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare pickle", "nested"])
+def test_a_gadget_in_a_checkpoint_with_a_right_manifest_is_not_read(tmp_path, canary, form):
+    path = tmp_path / "last.ckpt"
+    content = {"global_step": 1, "state_dict": {"weight": torch.zeros(2)}}
+    if form == "nested":
+        content["callbacks"] = {"x": [{"y": Gadget(canary)}]}
+    else:
+        content["z"] = Gadget(canary)
+    if form == "bare pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
+    vouch_for(path)
+    for load in (read, VerifiedCheckpointIO().load_checkpoint):
+        with pytest.raises(UserError, match=r"last\.ckpt holds more than tensors and plain values.*not read"):
+            load(path)
+    with pytest.raises(UserError, match="not read"):
+        VerifiedCheckpointIO().load_checkpoint(path, weights_only=False)
+    assert newest_intact(tmp_path)[0] == path  # its bytes are those that were vouched for: reading is what refuses
+
+
+@pytest.mark.parametrize("thing", [OmegaConf.create({"lr": 1}), OmegaConf.create([1]), Path("x"), Path, os.system])
+def test_objects_of_other_packages_are_not_read(tmp_path, canary, thing):
+    torch.save({"global_step": 1, "hyper_parameters": thing}, tmp_path / "x.ckpt")
+    vouch_for(tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="not read"):
+        read(tmp_path / "x.ckpt")
+
+
+HOSTILE = [
+    {"_instantiator": "evil.boom"},
+    {"_instantiator": "lightning.pytorch.cli.instantiate_module", "_class_path": "evil.Boom"},
+    {"_class_path": "evil.Boom"},
+    {"_target_": "evil.boom"},
+]
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_names_in_hyper_parameters_are_neither_imported_nor_called(tmp_path, canary, hostile):
+    path = tmp_path / "last.ckpt"
+    fit(tmp_path, steps=2)
+    tamper(path, hyper_parameters=hostile, datamodule_hyper_parameters=hostile)
+    fit(tmp_path, steps=4, resumed=path)
+    assert read(path)["global_step"] == 4
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        ContextKVLMModule.load_from_checkpoint(path, weights_only=True)
+
+
+def fit(folder, steps, resumed=None):
+    """A small training with our CheckpointIO that keeps the last, and the best of all."""
+    best = ModelCheckpoint(folder, "best-{step}", monitor="train_loss", save_last=True, every_n_train_steps=1)
+    trainer = L.Trainer(
+        default_root_dir=folder,
+        max_steps=steps,
+        plugins=[VerifiedCheckpointIO()],
+        callbacks=[best],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        accelerator="cpu",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice on so small a training
+        trainer.fit(Model(), ckpt_path=resumed, weights_only=True)
+
+
+class Model(BoringModel):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)["loss"]
+        self.log("train_loss", -float(self.global_step))  # each is better than all before
+        return loss
+
+
+def tamper(path, **changes):
+    torch.save({**torch.load(path, weights_only=True), **changes}, path)
+    vouch_for(path)
+
+
+def test_a_checkpoint_deletes_nothing_outside(tmp_path):
+    """Lightning deletes the best one's predecessor, whose path it takes from the checkpoint."""
+    victim, folder = tmp_path / "victim.ckpt", tmp_path / "run"
+    fit(folder, steps=2)
+    victim.write_text("mine")
+    manifest_of(victim).write_text("mine too")
+    content = read(folder / "last.ckpt")
+    name = next(name for name in content["callbacks"] if name.startswith("ModelCheckpoint"))
+    path = f"{folder}/../victim.ckpt"
+    state = {**content["callbacks"][name], "best_k_models": {path: torch.tensor(5.0)}, "kth_best_model_path": path}
+    tamper(folder / "last.ckpt", callbacks={**content["callbacks"], name: {**state, "kth_value": torch.tensor(5.0)}})
+    with pytest.raises(UserError, match="is no checkpoint of this run and is not removed"):
+        fit(folder, steps=4, resumed=folder / "last.ckpt")
+    assert victim.read_text() == "mine"
+    assert manifest_of(victim).exists()
+
+
+RUN_FOLDERS = {
+    "target": ("model:\n  _target_: evil.boom\n", "_target_"),
+    "target at the root": ("_target_: evil.boom\n", "_target_"),
+    "python object": ("interval: !!python/object/apply:evil.boom []\n", "cannot be read"),
+    "python name": ("interval: !!python/name:evil.boom ''\n", "cannot be read"),
+    "environment": ("cache_dir: ${oc.env:PATH}\n", "interpolation"),
+    "resolver": ("cache_dir: ${oc.decode:'1'}\n", "interpolation"),
+    "hydra": ("hydra:\n  callbacks:\n    x:\n      _target_: evil.boom\n", "hydra"),
+    "no mapping": ("- evil.boom\n", "config.yaml"),
+    "text": ("evil.boom\n", "config.yaml"),
+    "nothing": ("", "config.yaml"),
+    "too deep": ("[" * 5000, "cannot be read"),
+    "wrong type": ("interval: evil.boom\n", "interval"),
+}
+
+
+@pytest.mark.parametrize("name", RUN_FOLDERS)
+def test_a_run_folders_configuration_is_plain_values_or_refused(tmp_path, canary, name):
+    text, told = RUN_FOLDERS[name]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=told) as error:
+        load_config(RunFolder(tmp_path / "run"))
+    assert "\n" not in str(error.value)
+    assert os.environ["PATH"] not in str(error.value)
+
+
+COMMANDS = {
+    "new target": "+x._target_=evil.boom",
+    "target in a section": "model._target_=evil.boom",
+    "forced": "++train._target_=evil.boom",
+    "callback": "+hydra.callbacks.x._target_=evil.boom",
+    "callback through ours": "+hydra.callbacks.x={_target_:ctxkv_lightning.builders.os.mkdir,path:CANARY}",
+    "none of Hydra's own": "+hydra.callbacks.x={_target_:hydra.experimental.callbacks.Path.touch,self:CANARY}",
+    "environment": "cache_dir=${oc.env:PATH}",
+    "rerun": "--experimental-rerun=CANARY",
+    "configuration from elsewhere": "--config-dir=CANARY",
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_command_line_names_no_code(tmp_path, canary, name):
+    words = COMMANDS[name].replace("CANARY", str(canary))
+    with pytest.raises(UserError) as error:
+        check_command_line([words])
+    assert "\n" not in str(error.value)
+    done = train(tmp_path, words)
+    assert (done.returncode, done.stdout, done.stderr) == (EXIT_CODE, "", f"error: {error.value}\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["modules"]
+
+
+def train(folder, *words):
+    command = [sys.executable, str(ROOT / "train.py"), *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+
+
+FILES = {
+    "target": "train:\n  _target_: evil.boom",
+    "callback": "hydra:\n  callbacks:\n    x:\n      _target_: evil.boom",
+    "callback through ours": "hydra:\n  callbacks:\n    x:\n      _target_: ctxkv_lightning.store.os.abort",
+    "logging factory": "hydra:\n  job_logging:\n    root: {handlers: [x]}\n    handlers: {x: {(): evil.boom}}",
+    "logging class": "hydra:\n  job_logging:\n    root: {handlers: [x]}\n    handlers: {x: {class: evil.boom}}",
+    "logging stream": "hydra:\n  hydra_logging:\n    handlers: {x: {class: logging.StreamHandler, stream: 'ext://evil.boom'}}",
+    "python object": "interval: !!python/object/apply:evil.boom []",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_configuration_file_from_elsewhere_names_no_code(tmp_path, canary, name):
+    own = tmp_path / "own" / "experiment"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text(f"# @package _global_\n{FILES[name]}\n")
+    words = [f"hydra.searchpath=[file://{tmp_path / 'own'}]", "experiment=mine"]
+    with pytest.raises(UserError) as error:
+        check_command_line(words)
+    assert "\n" not in str(error.value)
+    done = train(tmp_path, *words)
+    assert (done.returncode, done.stdout, done.stderr) == (EXIT_CODE, "", f"error: {error.value}\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["modules", "own"]
+
+
+def test_the_users_own_word_may_name_any_folder_and_a_name_that_climbs_is_still_claimed(tmp_path):
+    """`hydra.run.dir=../x` is where the user wants the run; nobody else has a say in where it goes."""
+    (tmp_path / "here").mkdir()
+    run = RunFolder.claim(tmp_path / "here" / ".." / "x")
+    assert (tmp_path / "x" / "checkpoints").is_dir()
+    with pytest.raises(UserError, match="holds a run already"):
+        RunFolder.claim(tmp_path / "x")
+    assert run.config.resolve() == tmp_path / "x" / "config.yaml"
+
+
+def test_a_store_manifest_that_names_files_elsewhere_reads_none(tmp_path):
+    from ctxkv_lightning.store import FORMAT, Store, _digest, _sha256_of_json
+
+    (tmp_path / "secret").write_text("x")
+    manifest = {
+        "format": FORMAT,
+        "kind": "k",
+        "key": {},
+        "facts": {},
+        "files": {"../../secret": {"bytes": 1, "sha256": ""}},
+    }
+    path = tmp_path / "k" / _digest(FORMAT, "k", {})
+    path.mkdir(parents=True)
+    (path / "manifest.json").write_text(json.dumps({**manifest, "sha256": _sha256_of_json(manifest)}))
+    with pytest.raises(UserError, match="secret is missing"):
+        Store.open(path)
+
+
+def test_an_array_of_objects_in_a_store_is_not_unpickled(tmp_path, canary):
+    import numpy as np
+
+    from ctxkv_lightning.store import get_or_build
+
+    def build(folder):
+        np.save(folder / "x.npy", np.array([Gadget(canary)], dtype=object), allow_pickle=True)
+
+    store = get_or_build(tmp_path / "cache", "thing", {}, build)
+    with pytest.raises(ValueError, match="Python objects"):
+        store.array("x")
+
+
+def test_yaml_is_read_by_the_safe_loader():
+    with pytest.raises(yaml.YAMLError):
+        yaml.safe_load("!!python/object/apply:os.getcwd []")

@@ -1,0 +1,144 @@
+import json
+import os
+
+import pytest
+import torch
+
+from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.run.checkpoint import (
+    RandomState,
+    VerifiedCheckpointIO,
+    clear_aside,
+    manifest_of,
+    newest_intact,
+    read,
+    steps_done,
+    verify,
+)
+
+io = VerifiedCheckpointIO()
+
+
+def save(path, step=1, **more):
+    io.save_checkpoint({"global_step": step, **more}, path)
+
+
+def test_what_is_saved_is_read_back(tmp_path):
+    more = {"weights": torch.arange(5.0), "nested": {"a": [1, 2.5, "x", None, True]}, "half": torch.ones(2).bfloat16()}
+    save(tmp_path / "sub" / "x.ckpt", 7, **more)
+    found = io.load_checkpoint(tmp_path / "sub" / "x.ckpt")
+    assert found["global_step"] == 7
+    assert found["nested"] == more["nested"]
+    assert torch.equal(found["weights"], more["weights"])
+    assert found["half"].dtype == torch.bfloat16
+    assert steps_done(tmp_path / "sub" / "x.ckpt") == 7
+    assert steps_done(None) == 0
+
+
+def test_the_manifest_states_the_sha256_that_another_program_finds(tmp_path):
+    import subprocess
+
+    save(tmp_path / "x.ckpt")
+    stated = json.loads((tmp_path / "x.ckpt.json").read_text())["sha256"]
+    found = subprocess.run(["sha256sum", tmp_path / "x.ckpt"], capture_output=True, text=True, check=True).stdout
+    assert stated == [found.split()[0]]
+
+
+def test_a_save_is_flushed_before_it_is_renamed_and_the_manifest_knows_both(tmp_path, monkeypatch):
+    """At the instant of the rename, whichever file stands under the name is vouched for."""
+    path, seen = tmp_path / "x.ckpt", []
+    save(path, 1)
+    replace, fsync, flushed = os.replace, os.fsync, []
+
+    def look(source, target):
+        seen.append((os.path.basename(target), len(flushed)))
+        verify(path)
+        replace(source, target)
+        verify(path)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(descriptor) or fsync(descriptor))
+    monkeypatch.setattr(os, "replace", look)
+    save(path, 2)
+    assert [name for name, _ in seen] == ["x.ckpt.json", "x.ckpt", "x.ckpt.json"]
+    assert seen[0][1] == 2, "file and manifest have been flushed"
+    assert read(path)["global_step"] == 2
+
+
+def test_bytes_that_the_disk_gives_back_differently_are_an_error(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def spoil(source, target):
+        replace(source, target)
+        if str(target).endswith(".ckpt"):
+            with open(target, "r+b") as file:
+                file.write(b"spoilt")
+
+    monkeypatch.setattr(os, "replace", spoil)
+    with pytest.raises(UserError, match="is damaged"):
+        save(tmp_path / "x.ckpt")
+
+
+def test_the_newest_is_found_by_time(tmp_path):
+    assert newest_intact(tmp_path) == (None, [])
+    for step, name in ((2, "a.ckpt"), (1, "b.ckpt")):
+        save(tmp_path / name, step)
+        os.utime(tmp_path / name, (step, step))
+    assert newest_intact(tmp_path) == (tmp_path / "a.ckpt", [])
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint .*x\.ckpt"):
+        read(tmp_path / "x.ckpt")
+    save(tmp_path / "x.ckpt")
+    manifest_of(tmp_path / "x.ckpt").unlink()
+    with pytest.raises(UserError, match=r"x\.ckpt\.json is missing"):
+        read(tmp_path / "x.ckpt")
+
+
+def test_a_checkpoint_without_its_step_is_none_of_a_run(tmp_path):
+    for content in ({}, {"global_step": "1"}, [1]):
+        torch.save(content, tmp_path / "x.ckpt")
+        (tmp_path / "x.ckpt.json").write_text(json.dumps({"sha256": [_sha256(tmp_path / "x.ckpt")]}))
+        with pytest.raises(UserError, match="no global_step"):
+            read(tmp_path / "x.ckpt")
+
+
+def _sha256(path):
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_removing_takes_the_manifest_along_and_nothing_else(tmp_path):
+    save(tmp_path / "x.ckpt")
+    save(tmp_path / "y.ckpt")
+    io.remove_checkpoint(str(tmp_path / "x.ckpt"))
+    io.remove_checkpoint(str(tmp_path / "x.ckpt"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["y.ckpt", "y.ckpt.json"]
+    for path in (tmp_path / "y.ckpt.json", tmp_path / "sub" / ".." / "y.ckpt", tmp_path):
+        with pytest.raises(UserError, match="is not removed"):
+            io.remove_checkpoint(path)
+    read(tmp_path / "y.ckpt")
+
+
+def test_what_is_half_written_is_cleared_and_nothing_else(tmp_path):
+    save(tmp_path / "x.ckpt")
+    for name in (".aside-x.ckpt-123", ".aside-x.ckpt.json-123"):
+        (tmp_path / name).write_text("half")
+    clear_aside(tmp_path)
+    clear_aside(tmp_path / "nowhere")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.ckpt", "x.ckpt.json"]
+
+
+def test_random_numbers_go_on_where_they_stopped(tmp_path):
+    torch.manual_seed(3)
+    torch.rand(10)
+    save(tmp_path / "x.ckpt", random=RandomState().state_dict())
+    expected = torch.rand(5)
+    again = RandomState()
+    again.load_state_dict(read(tmp_path / "x.ckpt")["random"])
+    torch.manual_seed(99)
+    again.on_train_batch_start(None, None, None, 0)
+    assert torch.equal(torch.rand(5), expected)
+    again.on_train_batch_start(None, None, None, 1)
+    assert not torch.equal(torch.rand(5), expected)

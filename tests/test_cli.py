@@ -1,0 +1,85 @@
+"""LightningCLI: the same modules, the same numbers, no code from files, nothing overruled without a word."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from ctxkv_lightning import __main__ as second_door
+from ctxkv_lightning import pipeline
+from ctxkv_lightning.errors import EXIT_CODE
+from ctxkv_lightning.run.checkpoint import read
+from tests.test_resume import BASE, STEPS, Stop, interrupted, rows, same
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """A run stopped in its second epoch, in fp32 on the CPU."""
+    config = replace(
+        BASE, cache_dir=str(tmp_path / "cache"), trainer=replace(BASE.trainer, accelerator="cpu", precision="32-true")
+    )
+    interrupted(config, tmp_path / "run", Stop("ContextKVLMModule", STEPS + 3), monkeypatch)
+    return config, tmp_path / "run"
+
+
+@pytest.fixture(autouse=True)
+def _own_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["python -m ctxkv_lightning"])
+
+
+def cli(*arguments):
+    return second_door.main([str(argument) for argument in arguments])
+
+
+def test_fit_goes_on_like_resume_and_the_others_score_like_the_report(stopped, tmp_path, monkeypatch, capsys):
+    config, run = stopped
+    other = tmp_path / "other"
+    interrupted(config, other, Stop("ContextKVLMModule", STEPS + 3), monkeypatch)
+    pipeline.run_experiment(config, run, resume="strict")
+    assert cli("fit", "--config", other / "lightning.yaml", "--ckpt_path", other / "checkpoints" / "last.ckpt") == 0
+    ours, theirs = (read(folder / "checkpoints" / "last.ckpt") for folder in (run, other))
+    for part in ("state_dict", "optimizer_states", "global_step"):
+        assert same(ours[part], theirs[part]), part
+    assert rows(run, "train") == rows(other, "train")
+    capsys.readouterr()
+    best = other / "checkpoints" / "best.ckpt"
+    for subcommand in ("validate", "test"):
+        assert cli(subcommand, "--config", other / "lightning.yaml", "--ckpt_path", best) == 0
+    told = capsys.readouterr().out
+    assert "val/ppl" in told
+    assert "test/ppl" in told
+
+
+def test_what_a_checkpoint_would_overrule_is_refused(stopped, capsys):
+    _, run = stopped
+    common = ("fit", "--config", run / "lightning.yaml", "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    before = read(run / "checkpoints" / "last.ckpt")["global_step"]
+    assert cli(*common, "--model.lr=0.5") == EXIT_CODE
+    assert "--model.lr=0.5 has no effect" in capsys.readouterr().err
+    assert cli(*common, "--model.heads", "4") == EXIT_CODE
+    assert read(run / "checkpoints" / "last.ckpt")["global_step"] == before
+
+
+def test_a_file_that_names_code_is_refused(stopped, tmp_path, capsys):
+    _, run = stopped
+    settings = yaml.safe_load((run / "lightning.yaml").read_text())
+    canary = tmp_path / "canary"
+    settings["trainer"]["callbacks"] = [
+        {"class_path": "builtins.open", "init_args": {"file": str(canary), "mode": "w"}}
+    ]
+    (tmp_path / "evil.yaml").write_text(yaml.safe_dump(settings))
+    assert cli("fit", "--config", tmp_path / "evil.yaml") == EXIT_CODE
+    assert "names code to run" in capsys.readouterr().err
+    assert not canary.exists()
+
+
+def test_mistakes_are_one_sentence(stopped, tmp_path, capsys):
+    _, run = stopped
+    for arguments in (
+        ("fit", "--config", tmp_path / "none.yaml"),
+        ("fit", "--config", run / "lightning.yaml", "--ckpt_path", tmp_path / "none.ckpt"),
+        ("fit", "--config", run / "lightning.yaml", "--trainer.max_epochz=3"),
+    ):
+        assert cli(*arguments) == EXIT_CODE, arguments
+        assert capsys.readouterr().err.count("\n") == 1, arguments

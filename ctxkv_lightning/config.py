@@ -384,7 +384,7 @@ def load_config(run: RunFolder) -> Config:
         composed = OmegaConf.merge(OmegaConf.structured(Config), saved)
     except FileNotFoundError:
         raise UserError(f"{run.path} is no run folder: it has no {run.config.name}") from None
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{run.config} cannot be read ({str(error).splitlines()[0]})") from None
     assert isinstance(composed, DictConfig)
     return from_composed(composed)

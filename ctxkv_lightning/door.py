@@ -27,6 +27,7 @@ from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ctxkv_lightning.config import (
     Config,
@@ -46,6 +47,10 @@ CONF = Path(__file__).parent.parent / "conf"
 OUTPUTS = Path("outputs")
 EXTRAS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm"}
 """The launchers that are optional, and the extra of this package that brings each."""
+
+CALLBACKS = {"hydra.experimental.callbacks.LogJobReturnCallback"}
+LOGGING = {"logging.StreamHandler", "logging.FileHandler", "logging.Formatter", "ext://sys.stdout", "ext://sys.stderr"}
+"""All that the configuration of Hydra may name for it to import."""
 
 ConfigStore.instance().store(name="schema", node=Config)
 for group, option in plain_options():  # those that need more than a name are files below conf/
@@ -201,7 +206,7 @@ def _compose_hydra(options: Namespace) -> tuple[DictConfig, bool]:
     HydraConfig.instance().set_config(composed)  # folders may be named with ${hydra:...}
     asked = composed.hydra
     multirun = options.multirun or asked.mode == RunMode.MULTIRUN
-    _check_callbacks(asked)
+    _check_foreign_code(asked)
     if multirun and asked.sweep.subdir != ".":
         raise UserError("hydra.sweep.subdir is not offered: each trial's folder is named by a hash of its options.")
     return asked, multirun
@@ -306,7 +311,7 @@ def _as_user_errors() -> Iterator[None]:
     """Turns what Hydra and OmegaConf complain about into a UserError of one line."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         cause = error.__cause__ or error.__context__
         cause = cause if isinstance(cause, OmegaConfBaseException) else error
         key = (getattr(cause, "full_key", None) or "").split("[")[0]
@@ -324,11 +329,25 @@ def _first_line(error: BaseException) -> str:
     return str(error).splitlines()[0].rstrip(".:") if str(error) else type(error).__name__
 
 
-def _check_callbacks(asked: DictConfig) -> None:
-    """Refuses foreign callbacks, which a configuration file could smuggle in."""
+def _check_foreign_code(asked: DictConfig) -> None:
+    """Refuses what Hydra or logging would import and call by its name: a configuration file could smuggle it in."""
     for name, callback in asked.callbacks.items():
-        if not str(callback.get("_target_")).startswith(("hydra.experimental.callbacks.", "ctxkv_lightning.")):
+        # Whole names: one that begins with a package of ours goes on to whatever that package has imported.
+        if not isinstance(callback, DictConfig) or callback.get("_target_") not in CALLBACKS:
             raise UserError(f"hydra.callbacks.{name} would run foreign code: leave it out.")
+    for section in ("job_logging", "hydra_logging"):
+        for key, value in _leaves(OmegaConf.to_container(asked[section], resolve=False)):
+            if key == "()" or ((key == "class" or "://" in str(value)) and value not in LOGGING):
+                raise UserError(f"hydra.{section} would run foreign code ({key}: {value}): leave it out.")
+
+
+def _leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a nested configuration, each with its own key."""
+    if isinstance(node, (dict, list)):
+        for key, value in node.items() if isinstance(node, dict) else ((name, value) for value in node):
+            yield from _leaves(value, str(key))
+    else:
+        yield name, node
 
 
 def _check_folder(asked: CommandLine) -> None:

@@ -57,6 +57,8 @@ from ctxkv_lightning.run.trainer import make_trainer
 from ctxkv_lightning.store import Store, get_or_build
 from ctxkv_lightning.text.encoding import save_encoding
 
+BEST = "best.ckpt"
+
 
 class Trained(NamedTuple):
     """What Phase 2 hands on."""
@@ -229,7 +231,9 @@ def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: i
     trainer.logger = None  # the phase's metrics.csv ends with its last epoch
     scores: dict[str, float] = {}
     for evaluate in (trainer.validate, trainer.test):
-        scores |= evaluate(module, datamodule=data, ckpt_path=best.best_model_path, weights_only=True, verbose=False)[0]
+        scores |= evaluate(module, datamodule=data, ckpt_path=run.checkpoints / BEST, weights_only=True, verbose=False)[
+            0
+        ]
     return Trained(module, history, history.stopped, scores)
 
 
@@ -248,7 +252,7 @@ def callback_settings(config: Config, run: RunFolder, data: ContextDataModule) -
         },
         "checkpoint": {
             "dirpath": str(run.checkpoints),
-            "filename": "best",
+            "filename": BEST.removesuffix(".ckpt"),
             "monitor": MONITOR,
             "mode": "min",
             "enable_version_counter": False,

@@ -8,7 +8,7 @@ from ctxkv_lightning.build import Text
 from ctxkv_lightning.config import Config, TrainerConfig, flat, load_config
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.run.callbacks import log
-from ctxkv_lightning.run.checkpoint import clear_aside, newest_intact
+from ctxkv_lightning.run.checkpoint import VerifiedCheckpointIO, clear_aside, newest_intact, verify
 from ctxkv_lightning.run.folder import RunFolder
 
 HARMLESS = {
@@ -35,12 +35,27 @@ def check_changes(config: Config, run: RunFolder) -> None:
 
 def check_checkpoints(run: RunFolder, resume: str) -> None:
     """Raises UserError if the newest checkpoint is damaged; a forgiving resume says so and passes it over."""
-    clear_aside(run.checkpoints)
+    for folder in (run.path, run.checkpoints):
+        clear_aside(folder)
+    _check_phase_one(run, resume)
     usable, complaints = newest_intact(run.checkpoints)
     if complaints and (resume == "strict" or usable is None):
         raise UserError(f"{complaints[0]}; resume=auto goes on from the newest that is intact")
     for complaint in complaints:
         log.info(f"{complaint}: going on from {usable} instead")
+
+
+def _check_phase_one(run: RunFolder, resume: str) -> None:
+    """A forgiving resume begins Phase 1 anew where its checkpoint is damaged: it comes to the same."""
+    if not run.pretrain_checkpoint.exists():
+        return
+    try:
+        verify(run.pretrain_checkpoint)
+    except UserError as error:
+        if resume == "strict":
+            raise UserError(f"{error}; resume=auto begins Phase 1 anew") from None
+        log.info(f"{error}: beginning Phase 1 anew")
+        VerifiedCheckpointIO().remove_checkpoint(run.pretrain_checkpoint)
 
 
 def check_identity(run: RunFolder, text: Text) -> None:

@@ -43,7 +43,7 @@ UNWRITABLE = {
 ADVICE = "'python -m ctxkv_lightning cache prune' removes what is damaged, and it is built again when it is needed"
 
 
-class Outdated(UserError):
+class OutdatedError(UserError):
     """A store of another version of this program."""
 
 
@@ -291,7 +291,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if manifest["format"] != FORMAT:
-            raise Outdated(f"the store at {path} was made by another version of this program: {ADVICE}")
+            raise OutdatedError(f"the store at {path} was made by another version of this program: {ADVICE}")
         intact = manifest["sha256"] == _sha256_of_json({k: v for k, v in manifest.items() if k != "sha256"})
         name = _digest(FORMAT, manifest["kind"], manifest["key"])
         manifest["facts"], [(int(entry["bytes"]), str(entry["sha256"])) for entry in manifest["files"].values()]

@@ -159,7 +159,8 @@ def scratch(rows: int, columns: int, device: torch.device) -> Tensor:
 
 def save_encoder(encoder: ContextEncoder, folder: Path) -> None:
     """Writes the encoder's weights into the folder of a store being built."""
-    torch.save({name: tensor.cpu() for name, tensor in encoder.state_dict().items()}, folder / WEIGHTS)
+    with (folder / WEIGHTS).open("wb") as file:  # given a path, torch's writer does not say that a disk is full
+        torch.save({name: tensor.cpu() for name, tensor in encoder.state_dict().items()}, file)
 
 
 def load_encoder(store: Store) -> ContextEncoder:

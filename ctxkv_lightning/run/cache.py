@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ctxkv_lightning.builders import Builder, abandoned
 from ctxkv_lightning.errors import UserError
-from ctxkv_lightning.store import ADVICE, MANIFEST, Outdated, Store, lock_of, note_of, remove
+from ctxkv_lightning.store import ADVICE, MANIFEST, OutdatedError, Store, lock_of, note_of, remove
 
 Hashing = Literal["once", "always", "never"]
 State = Literal["verified", "unverified", "damaged", "outdated", "in work", "left over"]
@@ -72,7 +72,7 @@ def _look(path: Path, hashing: Hashing) -> Entry | None:
         if hashing == "always" or (hashing == "once" and not store.verified):
             Store.open(path, "always")
         return replace(entry, state="verified" if store.verified else "unverified")
-    except Outdated:
+    except OutdatedError:
         return replace(entry, state="outdated")
     except UserError as error:
         return replace(entry, state="damaged", fault=str(error).removesuffix(f": {ADVICE}"))

@@ -141,8 +141,8 @@ def page(runs: Sequence[Run], pages: Path) -> str:
         "Made by `make results` (benchmarks/findings.py) from the runs' metrics.json, which are in "
         f"[{pages}/runs]({pages}/runs); [side by side]({pages}/report.md). Default text and tokenizer, on a "
         "CPU; ± is the sample standard deviation over seeds, gap is validation minus train PPL at the best epoch, and "
-        "bytes kept are a decoder's after 10,000 tokens in fp32. Every model had the same recipe of at most 8 epochs, tuned "
-        "for none.",
+        "bytes kept are a decoder's after 10,000 tokens in fp32. Every model had the same recipe of at most 8 epochs, "
+        "tuned for none.",
     ]
     hundred = rows_of(runs, 100)
     for samples in (100, 500):

@@ -115,7 +115,7 @@ def _synthetic_text(config: Config, tokens: int, held_out: int, vocabulary: int)
             create_array(folder, name, (n,), np.int32)[:] = zipf_tokens(n, vocabulary, seed)
 
     store = get_or_build(config.cache_dir, "tokens", {"synthetic": sizes, "V": vocabulary}, build)
-    return pipeline.Text(dict.fromkeys(sizes, ()), store, vocabulary)
+    return pipeline.Text(dict.fromkeys(sizes, ()), store, vocabulary, None)
 
 
 def published_size() -> Config:

@@ -12,7 +12,7 @@ import tiktoken
 import torch
 from safetensors.torch import save_file
 
-from ctxkv_lightning import pipeline
+from ctxkv_lightning import build, pipeline
 from ctxkv_lightning.config import Config
 from ctxkv_lightning.datamodule import stored_bytes
 from ctxkv_lightning.door import check_command_line
@@ -214,8 +214,8 @@ def test_the_separator_is_part_of_the_key(tmp_path, monkeypatch):
     (config,) = check_command_line(["data=jsonl", "samples=5", *options])
     config = replace(config, cache_dir=str(tmp_path / "cache"), interval=5)
     without = pipeline.prepare_text(config)
-    read = pipeline.read_corpus
-    monkeypatch.setattr(pipeline, "read_corpus", lambda config: replace(read(config), train_separator="\n\n"))
+    read = build.read_corpus
+    monkeypatch.setattr(build, "read_corpus", lambda config: replace(read(config), train_separator="\n\n"))
     between = pipeline.prepare_text(config)
     assert between.documents == without.documents
     assert len(between.tokens.array("train")) > len(without.tokens.array("train"))

@@ -82,9 +82,9 @@ def same(a, b):
     return a == b
 
 
-def assert_same_run(resumed, whole):
+def assert_same_run(resumed, whole, phases=("train",)):
     assert numbers(resumed) == numbers(whole)
-    for phase in ("pretrain", "train"):
+    for phase in phases:
         assert rows(resumed, phase) == rows(whole, phase)
     for name in ("best.ckpt", "last.ckpt"):
         one, other = (read(folder / "checkpoints" / name) for folder in (resumed, whole))
@@ -101,26 +101,32 @@ def test_an_epoch_has_several_steps(whole):
     assert read(whole / "checkpoints" / "last.ckpt")["global_step"] == 3 * STEPS
 
 
-@pytest.mark.parametrize(
-    ("phase", "at"),
-    [
-        ("ContextKVLMModule", STEPS + 3),  # mid-epoch
-        ("ContextKVLMModule", 1),
-        ("ContextKVLMModule", 2 * STEPS),  # at an epoch's end
-        ("OACDPretrainModule", 2),
-    ],
-)
-def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(whole, tmp_path, monkeypatch, phase, at):
-    config = replace(BASE, cache_dir=str(tmp_path / "cache"))
-    assert interrupted(config, tmp_path / "run", Stop(phase, at), monkeypatch) == 143
+@pytest.fixture
+def shared(whole):
+    """The same settings, with what comes before Phase 2 at hand."""
+    return replace(BASE, cache_dir=str(whole.parent / "cache"))
+
+
+@pytest.mark.parametrize("at", [1, STEPS + 3, 2 * STEPS])  # at once, mid-epoch, at an epoch's end
+def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(whole, shared, tmp_path, monkeypatch, at):
+    assert interrupted(shared, tmp_path / "run", Stop("ContextKVLMModule", at), monkeypatch) == 143
     torch.manual_seed(12345)  # another process would begin with other random numbers
-    pipeline.run_experiment(config, tmp_path / "run", resume="strict")
+    pipeline.run_experiment(shared, tmp_path / "run", resume="strict")
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_a_run_killed_between_two_checkpoints_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
-    """An exception at a step stands for the kill: nothing is saved, and what was logged since is logged once."""
+def test_phase_one_stopped_by_a_signal_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
     config = replace(BASE, cache_dir=str(tmp_path / "cache"))
+    assert interrupted(config, tmp_path / "run", Stop("OACDPretrainModule", 2), monkeypatch) == 143
+    torch.manual_seed(12345)
+    pipeline.run_experiment(config, tmp_path / "run", resume="strict")
+    assert_same_run(tmp_path / "run", whole, ("pretrain", "train"))
+    assert not (tmp_path / "run" / "pretrain.ckpt").exists()
+
+
+def test_a_run_killed_between_two_checkpoints_resumes_bit_for_bit(whole, shared, tmp_path, monkeypatch):
+    """An exception at a step stands for the kill: nothing is saved, and what was logged since is logged once."""
+    config = shared
 
     class Killed(BaseException):
         pass
@@ -145,8 +151,8 @@ def test_a_run_killed_between_two_checkpoints_resumes_bit_for_bit(whole, tmp_pat
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_a_run_killed_after_its_last_epoch_trains_no_further(whole, tmp_path, monkeypatch):
-    config = replace(BASE, cache_dir=str(tmp_path / "cache"))
+def test_a_run_killed_after_its_last_epoch_trains_no_further(whole, shared, tmp_path, monkeypatch):
+    config = shared
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "build_footing", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -155,7 +161,7 @@ def test_a_run_killed_after_its_last_epoch_trains_no_further(whole, tmp_path, mo
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_checkpoints_are_saved_within_an_epoch_as_time_goes_by(tmp_path, monkeypatch):
+def test_checkpoints_are_saved_within_an_epoch_as_time_goes_by(shared, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(interruption.Safeguard.__init__, "__defaults__", ("steps", 0.0))
     make = pipeline.make_trainer
@@ -169,13 +175,13 @@ def test_checkpoints_are_saved_within_an_epoch_as_time_goes_by(tmp_path, monkeyp
         "make_trainer",
         lambda *args, callbacks, **options: make(*args, callbacks=[Look(), *callbacks], **options),
     )
-    config = replace(BASE, cache_dir=str(tmp_path / "cache"), train=replace(BASE.train, max_epochs=1))
+    config = replace(shared, train=replace(BASE.train, max_epochs=1))
     pipeline.run_experiment(config, tmp_path / "run")
     assert set(range(1, STEPS)) <= set(saved)
 
 
-def test_changed_settings_are_refused_but_for_the_harmless_ones(whole, tmp_path, monkeypatch):
-    config = replace(BASE, cache_dir=str(tmp_path / "cache"))
+def test_changed_settings_are_refused_but_for_the_harmless_ones(whole, shared, tmp_path, monkeypatch):
+    config = shared
     interrupted(config, tmp_path / "run", Stop("ContextKVLMModule", 3), monkeypatch)
     changed = replace(config, interval=6, train=replace(config.train, lr=0.5))
     with pytest.raises(UserError, match=r"interval: 5 -> 6; train.lr: 0.001 -> 0.5\): .*init_from="):
@@ -185,8 +191,8 @@ def test_changed_settings_are_refused_but_for_the_harmless_ones(whole, tmp_path,
     assert len(numbers(tmp_path / "run")[0]) == 1
 
 
-def test_a_changed_text_is_refused_with_both_hashes(tmp_path, monkeypatch):
-    config = replace(BASE, cache_dir=str(tmp_path / "cache"))
+def test_a_changed_text_is_refused_with_both_hashes(shared, tmp_path, monkeypatch):
+    config = shared
     interrupted(config, tmp_path / "run", Stop("ContextKVLMModule", 3), monkeypatch)
     began = json.loads((tmp_path / "run" / "data.json").read_text())
     read_pydocs = pipeline.prepare_text.__globals__["read_pydocs"]
@@ -201,8 +207,8 @@ def test_a_changed_text_is_refused_with_both_hashes(tmp_path, monkeypatch):
             pipeline.run_experiment(config, tmp_path / "run", resume="strict")
 
 
-def test_a_damaged_last_checkpoint_is_refused_or_passed_over(tmp_path, monkeypatch, capsys):
-    config = replace(BASE, cache_dir=str(tmp_path / "cache"))
+def test_a_damaged_last_checkpoint_is_refused_or_passed_over(shared, tmp_path, monkeypatch, capsys):
+    config = shared
     interrupted(config, tmp_path / "run", Stop("ContextKVLMModule", 2 * STEPS + 3), monkeypatch)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     content = bytearray(last.read_bytes())
@@ -215,10 +221,10 @@ def test_a_damaged_last_checkpoint_is_refused_or_passed_over(tmp_path, monkeypat
     assert len(numbers(tmp_path / "run")[0]) == 3
 
 
-def test_a_run_killed_after_stopping_early_trains_no_further(tmp_path, monkeypatch):
+def test_a_run_killed_after_stopping_early_trains_no_further(shared, tmp_path, monkeypatch):
     """Early stopping acts after the epoch's history row is written; the checkpoint must know it all the same."""
     train = replace(BASE.train, max_epochs=9, patience=1, lr=0.05)
-    config = replace(BASE, cache_dir=str(tmp_path / "cache"), train=train)
+    config = replace(shared, train=train)
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "build_footing", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -230,8 +236,8 @@ def test_a_run_killed_after_stopping_early_trains_no_further(tmp_path, monkeypat
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train"]["stopped_early"]
 
 
-def test_a_new_run_may_start_from_the_weights_of_another(whole, tmp_path):
-    config = replace(BASE, cache_dir=str(whole.parent / "cache"), init_from=str(whole), seed=BASE.seed)
+def test_a_new_run_may_start_from_the_weights_of_another(whole, shared, tmp_path):
+    config = replace(shared, init_from=str(whole))
     pipeline.run_experiment(replace(config, train=replace(BASE.train, max_epochs=1)), tmp_path / "run")
     first, best = numbers(tmp_path / "run")[0][0], min(row["val_ppl"] for row in numbers(whole)[0])
     assert first["val_ppl"] < best  # it goes on from there, not from random weights

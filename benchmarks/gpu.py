@@ -50,7 +50,7 @@ def phase2(sizes: Sizes, vocabulary: int, device: torch.device, steps: int) -> d
     """Training tokens per second with the stream on the device, and ours as a share of the bare products."""
     table = random_table(vocabulary, sizes.D)
     stream = random_stream(14 * sizes.step + 1, table, sizes.C)
-    stream = type(stream)(*(x.to(device) for x in stream))
+    stream = stream.to(device)
     batches = endless(WindowLoader(stream, sizes.history, sizes.step, seed=42))
     step = our_step(our_model(table, sizes).to(device), batches, device)
     chain = product_chain(vocabulary, sizes, device)

@@ -131,11 +131,10 @@ def _mapped(folder: Path, V: int, sizes: Sizes) -> Stream:
     """A random stream whose embeddings and contexts are memory-mapped files."""
     plain = random_stream(STEPS * sizes.step + 1, random_table(V, sizes.D), sizes.C)
     mapped = {}
-    for name in ("embeddings", "contexts"):
-        values = getattr(plain, name)
+    for name, values in (("embeddings", plain.embeddings), ("contexts", plain.contexts[0])):
         create_array(folder, name, tuple(values.shape), np.float32)[:] = values.numpy()
         mapped[name] = torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c"))
-    return plain._replace(**mapped)
+    return plain._replace(embeddings=mapped["embeddings"], contexts=(mapped["contexts"],))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

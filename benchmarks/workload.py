@@ -107,7 +107,7 @@ def hidden_of(model: ContextKVLM, batch: Windows) -> Tensor:
 
 def on_device(batch: Windows, device: torch.device) -> Windows:
     """The batch where the model is, as the trainer would move it."""
-    moved = {name: x.to(device) for name, x in batch._asdict().items() if x is not None}
+    moved = {name: x.to(device) for name, x in batch._asdict().items() if isinstance(x, Tensor)}
     return batch._replace(**moved)
 
 

@@ -5,6 +5,7 @@ No sentence states more than its numbers: which side wins, and whether seeds agr
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -92,6 +93,11 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean:.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
+def deviation(values: Sequence[float]) -> float:
+    """Sample standard deviation; 0 where there is one value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def rows_of(runs: Sequence[Run], samples: int) -> list[Row]:
     """The models at the default window, best first by validation PPL."""
     groups: dict[str, list[Run]] = {}
@@ -142,7 +148,8 @@ def page(runs: Sequence[Run], pages: Path) -> str:
         f"[{pages}/runs]({pages}/runs); [side by side]({pages}/report.md). Default text and tokenizer, on a "
         "CPU; ± is the sample standard deviation over seeds, gap is validation minus train PPL at the best epoch, and "
         "bytes kept are a decoder's after 10,000 tokens in fp32. Every model had the same recipe of at most 8 epochs, "
-        "tuned for none.",
+        "tuned for none. Means count as different when two standard deviations of their difference lie between them. "
+        "Not yet run: " + missing(runs) + ".",
     ]
     hundred = rows_of(runs, 100)
     for samples in (100, 500):
@@ -157,6 +164,18 @@ def page(runs: Sequence[Run], pages: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def missing(runs: Sequence[Run]) -> str:
+    """What `make results` has still to run, in words."""
+    left = []
+    for samples in (100, 500):
+        rows = {row.name: len(row.runs) for row in rows_of(runs, samples)}
+        names = [OURS, GRID, HEADS, "sliding_window", "transformer", "recurrence", "cascade"]
+        wanting = [f"{name} ({3 - rows.get(name, 0)})" for name in names if rows.get(name, 0) < 3]
+        left += [f"seeds at {samples} samples of {', '.join(wanting)}"] if wanting else []
+    left += [f"the sweep over {key}" for key in ("interval", "max_contexts") if len(swept(runs, key)) < 3]
+    return "; ".join(left) or "nothing"
+
+
 def sentences(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
     """Ten sentences at most; those whose runs are missing are left out."""
     by_name = {row.name: row for row in rows}
@@ -166,12 +185,12 @@ def sentences(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
     first = ours.runs[0]
     said.append(_footing(ours, first["footing"]))
     for name, why in (
-        ("sliding_window", "at equal bytes kept, the keys and values of the last tokens"),
-        ("transformer", "at many times the bytes, attention over all tokens"),
-        ("recurrence", "with the current context alone, a three-hundredth of the bytes and no attention at all,"),
-        ("cascade", "with two contexts, no attention and a sixth of the trained parameters,"),
-        (GRID, "keeping 32 contexts instead of 621"),
-        (HEADS, "near and far intervals in one layer, at four times the bytes kept"),
+        ("sliding_window", "the keys and values of the last tokens"),
+        ("transformer", "attention over all tokens"),
+        ("recurrence", "the current context alone, no attention"),
+        ("cascade", "two contexts of two encoders, no attention"),
+        (GRID, "contexts at multiples of the interval"),
+        (HEADS, "near and far in one layer"),
     ):
         if name in by_name:
             said.append(_against(ours, by_name[name], why))
@@ -195,13 +214,21 @@ def _footing(ours: Row, footing: dict[str, float]) -> str:
 
 def _against(ours: Row, other: Row, why: str) -> str:
     ratio = statistics.mean(other.val) / statistics.mean(ours.val)
-    apart = max(ours.val) < min(other.val) or max(other.val) < min(ours.val)
+    difference = abs(statistics.mean(other.val) - statistics.mean(ours.val))
+    apart = difference > 2 * math.hypot(*(deviation(row.val) for row in (ours, other)))
     verdict = "loses to the published selection" if ratio > 1 else "beats the published selection"
     if not apart:
         verdict = "is not told apart from the published selection by these seeds"
     elif min(len(ours.val), len(other.val)) < 2:
         verdict += " (one seed)"
-    return f"`{other.name}`, {why}, {verdict}: {spread(other.val)} against {spread(ours.val)}, {ratio:.2f} ×."
+    kept = (
+        f"{other.bytes:,} bytes kept and {other.trained:,} parameters trained, "
+        f"against {ours.bytes:,} and {ours.trained:,}"
+    )
+    return (
+        f"`{other.name}` ({why}; {kept}) {verdict}: validation PPL {spread(other.val)} against {spread(ours.val)}, "
+        f"{ratio:.3f} ×."
+    )
 
 
 def _sweep(key: str, along: Sequence[Row]) -> str:

@@ -1,0 +1,59 @@
+"""RESULTS.md says what the metrics say, whichever way they fall."""
+
+import copy
+import json
+
+import pytest
+
+from benchmarks import findings
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def runs():
+    """Three seeds of the published selection and of a rival, around 350 and 320."""
+    base = json.loads((ROOT / "docs" / "default-run" / "metrics.json").read_text())
+    base["config"] |= {"selection": "strided"}
+    base["decode_state"] = {"bytes": {"10000": 635_904}}
+    made = []
+    for name, ppl in (("context_kv", 350.0), ("sliding_window", 320.0)):
+        for seed in (42, 1, 2):
+            run = copy.deepcopy(base)
+            run["config"]["seed"], run["config"]["model"]["name"] = seed, name
+            run["result"] |= {"val_ppl": ppl + seed % 3, "test_ppl": ppl + 50}
+            made.append(run)
+    return made
+
+
+def test_rows_are_means_over_seeds_best_first(runs):
+    rows = findings.rows_of(runs, 100)
+    assert [(row.name, len(row.runs)) for row in rows] == [("sliding_window", 3), (findings.OURS, 3)]
+    assert rows[0].cells()[1] == "321.0 ± 1.0"
+
+
+def test_who_wins_is_decided_by_the_numbers(runs):
+    def said():
+        return " ".join(findings.sentences(runs, findings.rows_of(runs, 100)))
+
+    assert "beats the published selection" in said()
+    for run in runs[3:]:
+        run["result"]["val_ppl"] += 100
+    assert "loses to the published selection" in said()
+    for run in runs[3:]:
+        run["result"]["val_ppl"] -= 70
+    assert "not told apart" in said()
+
+
+def test_what_is_missing_is_named(runs):
+    left = findings.missing(runs)
+    assert "context_kv, grid (3)" in left
+    assert "sliding_window" not in left.split(";")[0]
+    assert "the sweep over interval" in left
+
+
+def test_the_page_in_the_repository_is_made_of_the_metrics_in_the_repository():
+    pages = ROOT / "docs" / "results"
+    kept = findings.kept_runs(pages / "runs")
+    assert kept
+    expected = findings.page(kept, pages.relative_to(ROOT))
+    assert (ROOT / "RESULTS.md").read_text() == expected

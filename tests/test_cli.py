@@ -32,6 +32,7 @@ def cli(*arguments):
     return second_door.main([str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_fit_goes_on_like_resume_and_the_others_score_like_the_report(stopped, tmp_path, monkeypatch, capsys):
     config, run = stopped
     other = tmp_path / "other"
@@ -51,6 +52,7 @@ def test_fit_goes_on_like_resume_and_the_others_score_like_the_report(stopped, t
     assert "test/ppl" in told
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_would_overrule_is_refused(stopped, capsys):
     _, run = stopped
     common = ("fit", "--config", run / "lightning.yaml", "--ckpt_path", run / "checkpoints" / "last.ckpt")

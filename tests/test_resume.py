@@ -107,7 +107,14 @@ def shared(whole):
     return replace(BASE, cache_dir=str(whole.parent / "cache"))
 
 
-@pytest.mark.parametrize("at", [1, STEPS + 3, 2 * STEPS])  # at once, mid-epoch, at an epoch's end
+@pytest.mark.parametrize(
+    "at",
+    [
+        STEPS + 3,  # mid-epoch
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(2 * STEPS, marks=pytest.mark.slow),  # at an epoch's end
+    ],
+)
 def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(whole, shared, tmp_path, monkeypatch, at):
     assert interrupted(shared, tmp_path / "run", Stop("ContextKVLMModule", at), monkeypatch) == 143
     torch.manual_seed(12345)  # another process would begin with other random numbers
@@ -115,6 +122,7 @@ def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(whole, shared, tmp_path, 
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_phase_one_stopped_by_a_signal_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
     config = replace(BASE, cache_dir=str(tmp_path / "cache"))
     assert interrupted(config, tmp_path / "run", Stop("OACDPretrainModule", 2), monkeypatch) == 143
@@ -124,6 +132,7 @@ def test_phase_one_stopped_by_a_signal_resumes_bit_for_bit(whole, tmp_path, monk
     assert not (tmp_path / "run" / "pretrain.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_two_checkpoints_resumes_bit_for_bit(whole, shared, tmp_path, monkeypatch):
     """An exception at a step stands for the kill: nothing is saved, and what was logged since is logged once."""
     config = shared
@@ -151,6 +160,7 @@ def test_a_run_killed_between_two_checkpoints_resumes_bit_for_bit(whole, shared,
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_last_epoch_trains_no_further(whole, shared, tmp_path, monkeypatch):
     config = shared
     with monkeypatch.context() as patch:
@@ -161,6 +171,7 @@ def test_a_run_killed_after_its_last_epoch_trains_no_further(whole, shared, tmp_
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_saved_within_an_epoch_as_time_goes_by(shared, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(interruption.Safeguard.__init__, "__defaults__", ("steps", 0.0))
@@ -180,6 +191,7 @@ def test_checkpoints_are_saved_within_an_epoch_as_time_goes_by(shared, tmp_path,
     assert set(range(1, STEPS)) <= set(saved)
 
 
+@pytest.mark.slow
 def test_changed_settings_are_refused_but_for_the_harmless_ones(whole, shared, tmp_path, monkeypatch):
     config = shared
     interrupted(config, tmp_path / "run", Stop("ContextKVLMModule", 3), monkeypatch)
@@ -191,6 +203,7 @@ def test_changed_settings_are_refused_but_for_the_harmless_ones(whole, shared, t
     assert len(numbers(tmp_path / "run")[0]) == 1
 
 
+@pytest.mark.slow
 def test_a_changed_text_is_refused_with_both_hashes(shared, tmp_path, monkeypatch):
     config = shared
     interrupted(config, tmp_path / "run", Stop("ContextKVLMModule", 3), monkeypatch)
@@ -207,6 +220,7 @@ def test_a_changed_text_is_refused_with_both_hashes(shared, tmp_path, monkeypatc
             pipeline.run_experiment(config, tmp_path / "run", resume="strict")
 
 
+@pytest.mark.slow
 def test_a_damaged_last_checkpoint_is_refused_or_passed_over(shared, tmp_path, monkeypatch, capsys):
     config = shared
     interrupted(config, tmp_path / "run", Stop("ContextKVLMModule", 2 * STEPS + 3), monkeypatch)
@@ -221,6 +235,7 @@ def test_a_damaged_last_checkpoint_is_refused_or_passed_over(shared, tmp_path, m
     assert len(numbers(tmp_path / "run")[0]) == 3
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_stopping_early_trains_no_further(shared, tmp_path, monkeypatch):
     """Early stopping acts after the epoch's history row is written; the checkpoint must know it all the same."""
     train = replace(BASE.train, max_epochs=9, patience=1, lr=0.05)
@@ -236,6 +251,7 @@ def test_a_run_killed_after_stopping_early_trains_no_further(shared, tmp_path, m
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train"]["stopped_early"]
 
 
+@pytest.mark.slow
 def test_a_new_run_may_start_from_the_weights_of_another(whole, shared, tmp_path):
     config = replace(shared, init_from=str(whole))
     pipeline.run_experiment(replace(config, train=replace(BASE.train, max_epochs=1)), tmp_path / "run")

@@ -7,6 +7,7 @@ import random
 import tempfile
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,7 +28,9 @@ io = VerifiedCheckpointIO()
 
 
 def checkpoint(step, floats=FLOATS):
-    return {"global_step": step, "weights": torch.full((floats,), float(step)), "state": {"lr": 0.1, "seen": [step]}}
+    # By numpy: torch's thread pool does not survive a fork, and a parallel fill in the child would wait for ever.
+    weights = torch.from_numpy(np.full(floats, step, np.float32))
+    return {"global_step": step, "weights": weights, "state": {"lr": 0.1, "seen": [step]}}
 
 
 def save_forever(folder, first, report):

@@ -123,6 +123,24 @@ def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(whole, shared, tmp_path, 
 
 
 @pytest.mark.slow
+def test_a_signal_during_the_last_save_is_not_lost(whole, shared, tmp_path, monkeypatch):
+    """It comes after the run has looked for one, and before it gives the signals back."""
+
+    class Late(Stop):
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            if type(pl_module).__name__ == self.phase and trainer.global_step == self.at:
+                os.kill(os.getpid(), self.number)
+
+        def on_train_batch_end(self, trainer, pl_module, *rest):
+            pass
+
+    late = Late("ContextKVLMModule", 3 * STEPS)  # twice, for two files are saved
+    assert interrupted(shared, tmp_path / "run", late, monkeypatch) == 143
+    pipeline.run_experiment(shared, tmp_path / "run", resume="strict")
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
 def test_phase_one_stopped_by_a_signal_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
     config = replace(BASE, cache_dir=str(tmp_path / "cache"))
     assert interrupted(config, tmp_path / "run", Stop("OACDPretrainModule", 2), monkeypatch) == 143

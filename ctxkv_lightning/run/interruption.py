@@ -6,7 +6,7 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -60,6 +60,8 @@ class Safeguard(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._give_back()
+        if self._agreed(trainer, self._received is not None):  # while the last checkpoint was being saved
+            self._stop(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._give_back()
@@ -70,8 +72,11 @@ class Safeguard(Checkpoint):
             trainer.save_checkpoint(self.checkpoint)
             self._saved = time.monotonic()
         if asked:
-            log.info(f"stopped by a signal after step {trainer.global_step}, saved in {self.checkpoint}")
-            raise Interrupted(130 if self._received == signal.SIGINT else 143)
+            self._stop(trainer)
+
+    def _stop(self, trainer: Trainer) -> NoReturn:
+        log.info(f"stopped by a signal after step {trainer.global_step}, saved in {self.checkpoint}")
+        raise Interrupted(130 if self._received == signal.SIGINT else 143)
 
     def _agreed(self, trainer: Trainer, wanted: bool) -> bool:
         return wanted if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(wanted, all=False)

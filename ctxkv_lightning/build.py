@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ctxkv_lightning.config import Config
+from ctxkv_lightning.config import Config, RecipeConfig
 from ctxkv_lightning.datamodule import SPLITS, WINDOW, ContextDataModule
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
@@ -30,6 +30,11 @@ ENCODERS: dict[str, tuple[tuple[int, int], ...]] = {
     "sliding_window": (),
 }
 """The part of the training text, as (number, of how many), that each encoder of a model is trained on."""
+
+
+def encoder_parts(config: Config) -> tuple[tuple[int, int], ...]:
+    """As `ENCODERS`; a pointer points at contexts, so it has an encoder whatever the model."""
+    return ENCODERS[config.model.name] or (((0, 1),) if config.recipe.pointer_heads else ())
 
 
 class Text(NamedTuple):
@@ -125,7 +130,7 @@ def build_data(config: Config, text: Text, table: Store) -> ContextDataModule:
     return ContextDataModule(
         tokens=str(text.tokens.path),
         embedding=str(table.path),
-        memory="contexts" if ENCODERS[config.model.name] else "embeddings",
+        memory="contexts" if encoder_parts(config) else "embeddings",
         cache_dir=config.cache_dir,
         history=history,
         alignment=alignment,
@@ -141,16 +146,17 @@ def build_data(config: Config, text: Text, table: Store) -> ContextDataModule:
 
 def reach(config: Config) -> tuple[int, int]:
     """Positions of history that the model reads before a window, and what windows are aligned to."""
+    pointed = config.recipe.pointer_window if config.recipe.pointer_heads else 0
     match config.model.name:
         case "context_kv":
-            on_grid = config.selection == "grid"
-            return (config.max_contexts - 1) * max(config.intervals), math.lcm(*config.intervals) if on_grid else 1
+            on_grid, history = config.selection == "grid", (config.max_contexts - 1) * max(config.intervals)
+            return max(pointed, history), math.lcm(*config.intervals) if on_grid else 1
         case "sliding_window":
-            return config.window_tokens - 1, 1
+            return max(pointed, config.window_tokens - 1), 1
         case "transformer":
-            return WINDOW, 1
+            return max(pointed, WINDOW), 1
         case _:
-            return 0, 1
+            return pointed, 1
 
 
 def build_module(config: Config, vocab_size: int) -> ContextKVLMModule:
@@ -169,7 +175,16 @@ def build_module(config: Config, vocab_size: int) -> ContextKVLMModule:
         model=config.model.name,  # type: ignore[arg-type]
         selection=config.selection,  # type: ignore[arg-type]
         window_tokens=config.window_tokens,
+        recipe=recipe_of(config),
+        schedule=config.train.schedule,  # type: ignore[arg-type]
+        warmup_steps=config.train.warmup_steps,
     )
+
+
+def recipe_of(config: Config) -> dict[str, Any] | None:
+    """What the recipe's settings are, where they are not the published ones; None where all are."""
+    plain, chosen = asdict(RecipeConfig()), asdict(config.recipe)
+    return {name: value for name, value in chosen.items() if value != plain[name]} or None
 
 
 def build_footing(config: Config, text: Text) -> dict[str, float]:

@@ -125,10 +125,34 @@ class ModelConfig:
 
 
 @dataclass
+class RecipeConfig:
+    """What a model has beyond the published one; the cascade takes none of it (lm/recipe.py)."""
+
+    norm: str = choice("post", "pre")
+    """Layers are normalised after the sum, as published, or before each layer."""
+    train_embedding: bool = False
+    """Input and output share a trained copy of the table; the encoder goes on reading the frozen one."""
+    embedding_dropout: float = number(0.0, at_least=0, below=1)
+    context_dropout: float = number(0.0, at_least=0, below=1)
+    output_dropout: float = number(0.0, at_least=0, below=1)
+    projection: bool = False
+    """logits = E W h + b: W starts at zero, b at the unigram."""
+    pointer_heads: int = number(0, at_least=0)
+    """Heads of a pointer to the tokens that followed contexts like the current one; 0: none."""
+    pointer_dim: int = number(64, at_least=1)
+    pointer_window: int = number(620, at_least=1)
+    """Contexts that the pointer looks back on: (max_contexts-1) × interval are kept anyway."""
+
+
+@dataclass
 class TrainConfig:
     """How Phase 2 trains, whatever the model."""
 
     lr: float = number(0.001, above=0)
+    schedule: str = choice("constant", "linear")
+    """`linear`: the learning rate falls in a line over `max_epochs`, and only matrices decay."""
+    warmup_steps: int = number(0, at_least=0)
+    """For `schedule: linear`: steps over which the learning rate rises first."""
     weight_decay: float = number(0.01, at_least=0)
     batch_tokens: int = number(8880, at_least=1)
     """Positions in one optimizer step."""
@@ -157,12 +181,21 @@ _WINDOW = ("interval", "max_contexts", "selection")
 _PHASE_ONE = ("context_dim", "pretrain", "contexts")
 UNREAD = {
     "context_kv": ("model.window_tokens",),
-    "cascade": (*_WINDOW, "heads", "model.window_tokens", "model.ffn_dim", "model.dropout"),
-    "transformer": (*_WINDOW, *_PHASE_ONE, "model.window_tokens"),
-    "sliding_window": (*_WINDOW, *_PHASE_ONE),
+    "cascade": (*_WINDOW, "heads", "model.window_tokens", "model.ffn_dim", "model.dropout", "recipe"),
+    "transformer": (*_WINDOW, "model.window_tokens"),
+    "sliding_window": _WINDOW,
     "recurrence": (*_WINDOW, "heads", "model.window_tokens"),
 }
-"""The keys that each model does not read."""
+"""The keys, or groups of them, that each model does not read."""
+
+UNREAD_WITHOUT_POINTER = {
+    "transformer": _PHASE_ONE,
+    "sliding_window": _PHASE_ONE,
+}
+"""What a model does not read besides where there is no pointer, which points at contexts."""
+
+POINTER = ("recipe.pointer_dim", "recipe.pointer_window")
+"""What nothing reads without a pointer."""
 
 
 @dataclass
@@ -195,6 +228,7 @@ class Config:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     contexts: ContextsConfig = field(default_factory=ContextsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
@@ -220,6 +254,14 @@ class Config:
         fitting = self.kept_contexts * self.context_dim // (2 * self.embedding.dim)
         return self.model.window_tokens or max(1, fitting)
 
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """The keys, or groups of them, that have no effect here."""
+        name, found = self.model.name, UNREAD[self.model.name]
+        if not self.recipe.pointer_heads or name == "cascade":
+            found = (*found, *UNREAD_WITHOUT_POINTER.get(name, ()), *POINTER)
+        return found if self.train.schedule == "linear" else (*found, "train.warmup_steps")
+
     def effective(self) -> "Config":
         """This configuration with whatever its model does not read at the default: equal ones are one experiment."""
         plain, kept = Config(), copy.deepcopy(self)
@@ -227,7 +269,7 @@ class Config:
         kept.trainer.enable_progress_bar = None
         if self.model.name == "sliding_window":
             kept.model.window_tokens = self.window_tokens
-        for key in UNREAD[self.model.name]:
+        for key in self.unread:
             holder, _, name = key.rpartition(".")
             target, default = (operator.attrgetter(holder)(c) if holder else c for c in (kept, plain))
             setattr(target, name, getattr(default, name))
@@ -242,6 +284,8 @@ class Config:
         if self.data.source not in ("text", "jsonl") and self.data.files:
             reader = "jsonl" if self.data.source == "hub" else "text"
             found.append(f"data.files has no effect with data.source={self.data.source}, choose data={reader}")
+        if self.model.name == "cascade" and self.recipe != RecipeConfig():
+            found.append("model=cascade takes no recipe: leave recipe.* out, or choose another model")
         return [*found, *self._range_problems(), *self._embedding_problems()]
 
     def _range_problems(self) -> list[str]:

@@ -44,7 +44,7 @@ class Run(NamedTuple):
 class Windows(NamedTuple):
     """A Phase 2 batch: B windows of T positions with S contexts of history each."""
 
-    tokens: Tensor  # (B, T)
+    tokens: Tensor  # (B, S+T), those of the history before the window's own
     targets: Tensor  # (n,), the token after each position that counts, row by row
     counted: Tensor | None  # (n,), which of the B·T positions count; None when all do
     embeddings: Tensor  # (B, T, D), normalised
@@ -126,6 +126,10 @@ class ContextDataModule(L.LightningDataModule):
     def in_phase_one(self) -> bool:
         """Whether batches are runs for Phase 1: contexts are asked for, and no encoder is there to make them."""
         return self.hparams["memory"] == "contexts" and not self.encoder_folders
+
+    def unigram_counts(self) -> Tensor:
+        """How often each token stands in the training stream, fp32 (V,)."""
+        return torch.bincount(self._tokens("train"), minlength=len(self.table)).float()
 
     def encoders(self) -> list[ContextEncoder]:
         """The frozen encoders of Phase 1; none before it, or where none is needed."""
@@ -366,7 +370,7 @@ class WindowLoader:
         positions, reach = (x.clamp(0, self.positions).to(device) for x in (positions, reach))
         embeddings = self.stream.embeddings[self.stream.rows[positions]]
         return Windows(
-            self.stream.tokens[positions],
+            self.stream.tokens[reach],
             targets,
             None if counted is None else counted.to(device),
             embeddings,

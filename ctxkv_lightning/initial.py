@@ -40,6 +40,7 @@ def load_weights(module: ContextKVLMModule, source: str, data: ContextDataModule
     weights = trained_weights(source)
     try:
         module.load_state_dict(weights, strict=False)
+        module.starts_fresh = False
         missing = set(dict(module.named_parameters())) - set(weights)
         if missing:
             raise RuntimeError(f"missing {sorted(missing)[0]}")

@@ -17,12 +17,12 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from rich.console import Console
 
 from ctxkv_lightning.build import (
-    ENCODERS,
     Text,
     build_data,
     build_embedding,
     build_footing,
     build_module,
+    encoder_parts,
     prepare_text,
     reused,
 )
@@ -120,7 +120,7 @@ def run_stages(config: Config, run: RunFolder, text: Text, stages: Stages) -> di
         table = build_embedding(config, text)
         data = build_data(config, text, table)
     with stages("pretrain"):
-        parts = ENCODERS[config.model.name]
+        parts = encoder_parts(config)
         if config.init_from is None:
             encoders = [pretrain(config, run, data, part, of) for part, of in parts]
         else:

@@ -154,18 +154,20 @@ def test_every_position_counts_once_a_pass_and_sees_its_own_past(N, window, hist
     assert len(batches) == len(loader)
     assert torch.equal(torch.cat([windows.targets for windows in batches]).sort().values, torch.arange(1, N))
     for windows in batches:
-        B, T = windows.tokens.shape
+        own = windows.tokens[:, history:]
+        B, T = own.shape
         assert B * T <= max(batch, window) + window + B * alignment
-        assert not (windows.tokens[:, 0] % alignment).any()
-        tokens = windows.tokens.flatten()
+        assert not (own[:, 0] % alignment).any()
+        tokens = own.flatten()
         assert torch.equal(windows.targets, (tokens if windows.counted is None else tokens[windows.counted]) + 1)
-        assert torch.equal(windows.embeddings[..., 0], windows.tokens * 10.0)
+        assert torch.equal(windows.embeddings[..., 0], own * 10.0)
         assert windows.memory.shape == (B, history + T, 1)
         for b in range(B):
             missing = 0 if windows.first is None else int(windows.first[b])
-            start = int(windows.tokens[b, 0])
+            start = int(own[b, 0])
             past = torch.arange(start - history + missing, start + T).clamp_max(N - 1)
             assert torch.equal(windows.memory[b, missing:, 0], past.float())
+            assert torch.equal(windows.tokens[b, missing:], past)
 
 
 def test_order_is_a_function_of_seed_and_pass():

@@ -1,8 +1,9 @@
 """Decoding token by token, in memory that does not grow with the text (the full transformer's alone does).
 
 A decoder keeps what the next steps will read and nothing else, in tensors that are made once: rings of the last
-contexts, or of their keys and values. What it computes is what the parallel model computes. A prompt is read in
-parallel (`Decoder.read`) and leaves the same state as stepping through it.
+contexts, or of their keys and values, and of the tokens that followed them where a recipe has a pointer. What it
+computes is what the parallel model computes. A prompt is read in parallel (`Decoder.read`) and leaves the same state
+as stepping through it.
 """
 
 from typing import Literal
@@ -15,6 +16,7 @@ from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.context.solve import solve_onwards
 from ctxkv_lightning.lm.attention import head_groups
 from ctxkv_lightning.lm.model import ContextKVLM, TiedLM
+from ctxkv_lightning.lm.pointer import CachePointer, Pointed
 from ctxkv_lightning.lm.rings import Ring
 from ctxkv_lightning.lm.rivals import TransformerLM, rotated
 
@@ -55,13 +57,18 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
-        """Logits (B, V) of what follows after tokens (B,), which are read now."""
+        """Logits (B, V) of what follows after tokens (B,), which are read now; with a recipe's output, log p itself."""
         embedding = self.model.embed(tokens)
         if self._encoders:
-            self.state["context"].copy_(self._advance(embedding))
-        hidden = self._hidden(embedding)
+            self.state["context"].copy_(self._advance(self.model.encoder_input(tokens)))
+        own = self._own_rows(embedding)
+        logits = self._logits(self._hidden(embedding, own), tokens)
+        for name, (heads, ring) in self.rings.items():  # last, for the oldest row is read before it is overwritten
+            if ring.keeps(self.position):
+                row = self._of(own, heads)[:, :, 0] if self._holds_pairs(name) else self.state["context"]
+                self.state[name][..., ring.row(self.position), :] = row
         self.position += 1
-        return self.model.logits(hidden)
+        return logits
 
     @torch.inference_mode()
     def read(self, tokens: Tensor) -> Tensor:
@@ -97,8 +104,12 @@ class Decoder:
     def _make_state(self) -> None:
         if self.grows:
             self.state["kv"] = self._zeros(self._attention.heads, 0, 2 * self._attention.head_dim)
-        if self.grows or not isinstance(self.model, ContextKVLM | TransformerLM):
-            return
+        elif isinstance(self.model, ContextKVLM | TransformerLM):
+            self._make_rings()
+        if self.model.recipe.pointer_heads:
+            self._make_pointer(self.model.recipe.pointer_window)
+
+    def _make_rings(self) -> None:
         attention, groups = self._attention, head_groups(self._attention.intervals)
         shared = self.keep == "contexts" and attention.selection == "strided"
         for interval, heads in groups.items():
@@ -113,30 +124,75 @@ class Decoder:
             else:
                 self.state[name] = self._zeros(len(heads), ring.length, 2 * attention.head_dim)
 
+    def _make_pointer(self, window: int) -> None:
+        """The pointer's ring, which is the attention's where that one holds the very same contexts."""
+        self._pointer_ring = "contexts"
+        same = "contexts" in self.rings and self.rings["contexts"][1].selection == "strided"
+        if not same or self.rings["contexts"][1].length != window:
+            self._pointer_ring = "pointer"
+            self.rings["pointer"] = [], Ring(1, window + 1, "strided")
+            self.state["pointer"] = self._zeros(window, self.state["context"].shape[1])
+        self.state["followers"] = self._zeros(window).int()
+
+    def _holds_pairs(self, name: str) -> bool:
+        """Whether a ring is one of keys and values; the others are of contexts."""
+        return self.keep == "kv" and name != "pointer"
+
     def _advance(self, embedding: Tensor) -> Tensor:
         before = self.state["context"].split([encoder.context_dim for encoder in self._encoders], dim=1)
         return torch.cat([encoder(c, embedding) for encoder, c in zip(self._encoders, before, strict=True)], dim=1)
 
-    def _hidden(self, embedding: Tensor) -> Tensor:
-        """Hidden states (B, D) of the tokens with these embeddings (B, D); what later steps read is written."""
+    def _own_rows(self, embedding: Tensor) -> Tensor:
+        """The current keys and values (B, H, 1, 2d), where those are kept; else nothing to speak of."""
+        if self.keep == "contexts" or not isinstance(self.model, ContextKVLM | TransformerLM):
+            return embedding
+        now = embedding if self.model.reads_tokens else self.state["context"]
+        return self._key_value(now[:, None], self.position)
+
+    def _hidden(self, embedding: Tensor, own: Tensor) -> Tensor:
+        """Hidden states (B, D) of the tokens with these embeddings (B, D) and, where they are kept, pairs."""
         model = self.model
         if not isinstance(model, ContextKVLM | TransformerLM):
             return model(embedding[:, None], self.state["context"][:, None])[:, 0]
         if self.grows:
-            mixed = self._attend_to_all(embedding)
+            mixed = self._attend_to_all(embedding, own)
+        elif self.keep == "contexts":
+            mixed = self._attend_to_contexts(embedding)
         else:
-            mixed = self._attend_to_contexts(embedding) if self.keep == "contexts" else self._attend_to_pairs(embedding)
+            mixed = self._attend_to_pairs(embedding, own)
         return model.ffn(model.attention.combine(embedding[:, None], mixed))[:, 0]
 
+    def _logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """(B, V) from the final states (B, D) at tokens (B,)."""
+        output = self.model.output
+        if output is None:
+            return self.model.logits(hidden)
+        state = output.norm(hidden[:, None])
+        p = output.own(state, self.model.table)
+        if output.pointer is not None:
+            p = output.mixed(p, self._pointed(output.pointer, state[:, 0], tokens))
+        return p[:, 0].log()
+
+    def _pointed(self, pointer: CachePointer, state: Tensor, tokens: Tensor) -> Pointed:
+        """What the pointer says after tokens (B,), which are noted as the followers of the position before."""
+        rows, position = self.state[self._pointer_ring], self.position
+        window = rows.shape[1]
+        self.state["followers"][:, (position - 1) % window] = tokens
+        z, asked = pointer.ask(state, self.state["context"])
+        back = (position - 1 - torch.arange(window, device=rows.device)).remainder(window) + 1
+        exists = (back <= position)[None, None, None]
+        gates, weights = pointer.weigh(z, (asked @ rows[:, None].transpose(-1, -2)).float(), back, exists)
+        return Pointed(slice(0, 1), gates, weights, self.state["followers"].long())
+
     def _attend_to_contexts(self, embedding: Tensor) -> Tensor:
-        """The heads' outputs (B, H, 1, d) over the rings of contexts, into which the current one then goes.
+        """The heads' outputs (B, H, 1, d) over the rings of contexts.
 
         Nothing is projected once per context: q · (W_k c) = (W_kᵀ q) · c, and the mean of W_v c is W_v of the mean. The
         keys' bias adds the same to every slot, which the softmax ignores; the values' own is added once.
         """
         attention, now = self._attention, self.state["context"]
         keys, values = (part.weight.unflatten(0, (attention.heads, -1)) for part in (attention.key, attention.value))
-        query = attention.query(embedding).unflatten(1, (attention.heads, -1))
+        query = attention.ask(embedding).unflatten(1, (attention.heads, -1))
         asked = torch.einsum("bhd,hdc->bhc", query, keys) * attention.head_dim**-0.5
         means = []
         for heads, interval, name in self.groups:
@@ -144,30 +200,22 @@ class Decoder:
             seen = torch.cat([now[:, None], past], dim=1)
             scores = self._of(asked, heads) @ seen.transpose(1, 2)
             means.append(scores.softmax(dim=-1) @ seen)
-        for name, (_, ring) in self.rings.items():
-            if ring.keeps(self.position):
-                self.state[name][:, ring.row(self.position)] = now
         mixed = torch.einsum("bhc,hdc->bhd", self._together(means), values)
         return (mixed + attention.value.bias.unflatten(0, (attention.heads, -1)))[:, :, None]
 
-    def _attend_to_pairs(self, embedding: Tensor) -> Tensor:
-        """The heads' outputs (B, H, 1, d) over the rings of keys and values, into which the current ones then go."""
-        now = self.state["context"] if self._encoders else embedding
-        query, own = self._query(embedding), self._key_value(now[:, None], self.position)
-        mixed = []
+    def _attend_to_pairs(self, embedding: Tensor, own: Tensor) -> Tensor:
+        """The heads' outputs (B, H, 1, d) over the rings of keys and values, and the current ones."""
+        query, mixed = self._query(embedding), []
         for heads, interval, name in self.groups:
             past = self.rings[name][1].past(self.state[name], self.position, interval)
             key, value = torch.cat([self._of(own, heads), past], dim=2).chunk(2, dim=-1)
             mixed.append(F.scaled_dot_product_attention(self._of(query, heads), key, value))
-        for name, (heads, ring) in self.rings.items():
-            if ring.keeps(self.position):
-                self.state[name][:, :, ring.row(self.position)] = self._of(own, heads)[:, :, 0]
         return self._together(mixed)
 
-    def _attend_to_all(self, embedding: Tensor) -> Tensor:
+    def _attend_to_all(self, embedding: Tensor, own: Tensor) -> Tensor:
         """The heads' outputs (B, H, 1, d) over all keys and values, the current ones among them."""
         self._reserve(self.position + 1)
-        self.state["kv"][:, :, self.position] = self._key_value(embedding[:, None], self.position)[:, :, 0]
+        self.state["kv"][:, :, self.position] = own[:, :, 0]
         key, value = self.state["kv"][:, :, : self.position + 1].chunk(2, dim=-1)
         return F.scaled_dot_product_attention(self._query(embedding), key, value)
 
@@ -184,7 +232,7 @@ class Decoder:
 
     def _query(self, embedding: Tensor) -> Tensor:
         """(B, H, 1, d) from (B, D)."""
-        query = self._attention.split(self._attention.query(embedding)[:, None])
+        query = self._attention.split(self._attention.ask(embedding)[:, None])
         return self._turned(query, self.position)
 
     def _key_value(self, rows: Tensor, start: int) -> Tensor:
@@ -211,14 +259,16 @@ class Decoder:
         n = tokens.shape[1]
         if self._encoders:
             self._fill_contexts(tokens)
-        elif self.grows:
+        if self.grows:
             self._reserve(n)
             for start in range(0, n, ROWS_AT_A_TIME):
                 rows = slice(start, min(n, start + ROWS_AT_A_TIME))
                 self.state["kv"][:, :, rows] = self._key_value(self.model.embed(tokens[:, rows]), start)
-        else:
+        elif self.model.reads_tokens:
             first = max(0, n - max(ring.length for _, ring in self.rings.values()))
-            self._fill_rings(self.model.embed(tokens[:, first:]), first)
+            self._fill_rings(self.model.embed(tokens[:, first:]), first, of_tokens=True)
+        if "followers" in self.state:
+            self._fill_followers(tokens)
 
     def _fill_contexts(self, tokens: Tensor) -> None:
         """The current contexts after these tokens (B, n), and what is kept of those before."""
@@ -228,20 +278,27 @@ class Decoder:
         texts, row_of = tokens.unique(dim=0, return_inverse=True)  # a prompt that is asked several times is solved once
         contexts = torch.stack([self._solved(text, first) for text in texts])[row_of]
         self.state["context"].copy_(contexts[:, -1])
-        self._fill_rings(contexts, first)
+        self._fill_rings(contexts, first, of_tokens=False)
 
-    def _fill_rings(self, rows: Tensor, first: int) -> None:
+    def _fill_rings(self, rows: Tensor, first: int, of_tokens: bool) -> None:
         """Writes what is kept of contexts or embeddings (B, n, ·), of `first` and the positions after it."""
         for name, (heads, ring) in self.rings.items():
             positions = ring.kept(first + rows.shape[1]) if ring.length else []
-            if not positions:
+            reads_tokens = self.model.reads_tokens and name != "pointer"
+            if not positions or of_tokens != reads_tokens:
                 continue
             to = torch.tensor([ring.row(position) for position in positions], device=self.device)
             read = rows[:, torch.tensor(positions, device=self.device) - first]
-            if self.keep == "contexts":
-                self.state[name][:, to] = read
-            else:  # rotary positions are those of a window over tokens, which lie side by side
+            if self._holds_pairs(name):  # rotary positions are those of a window over tokens, which lie side by side
                 self.state[name][:, :, to] = self._of(self._key_value(read, positions[0]), heads)
+            else:
+                self.state[name][:, to] = read
+
+    def _fill_followers(self, tokens: Tensor) -> None:
+        """Notes what followed each of the last positions, of tokens (B, n); the last one's comes with the next step."""
+        window = self.state["followers"].shape[1]
+        positions = torch.arange(max(0, tokens.shape[1] - 1 - window), tokens.shape[1] - 1, device=self.device)
+        self.state["followers"][:, positions % window] = tokens[:, positions + 1].int()
 
     def _solved(self, text: Tensor, first: int) -> Tensor:
         """Contexts (n - first, ΣC) of a text (n,) from position `first` on, solved in parallel, chunk by chunk."""
@@ -253,7 +310,7 @@ class Decoder:
         for start, stop in zip(cuts, [*cuts[1:], len(text)], strict=True):
             ids, index = text[start:stop].unique(return_inverse=True)
             contexts = encoder.initial(stop - start)
-            _, state = solve_onwards(encoder, self.model.embed(ids), index, contexts, state, TOLERANCE)
+            _, state = solve_onwards(encoder, self.model.encoder_input(ids), index, contexts, state, TOLERANCE)
         return contexts[first - cuts[-1] :]
 
 

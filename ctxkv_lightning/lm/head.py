@@ -84,3 +84,50 @@ def _compute_type(hidden: Tensor) -> torch.dtype:
 
 def _chunks(rows: int) -> list[slice]:
     return [slice(start, start + CHUNK) for start in range(0, rows, CHUNK)]
+
+
+def mixed_cross_entropy(
+    hidden: Tensor, table: Tensor, bias: Tensor, targets: Tensor, log_share: Tensor, pointed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Summed loss in nats, and its parts (N,) without a gradient, of a head that shares its targets with a pointer.
+
+    p(y) = exp(log_share) softmax(hidden Eᵀ + bias)[y] + pointed, for hidden states (N, D), a table (V, D), a bias
+    (V,), and per position (N,) the logarithm of the head's share and the probability that the pointer gives the
+    target. Differentiable once in all but the targets: how much of each loss is the head's is known as soon as its
+    logits are, so that even the table's gradient is formed chunk by chunk.
+    """
+    return _MixedCrossEntropy.apply(hidden, table, bias, targets, log_share, pointed)
+
+
+class _MixedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, table: Tensor, bias: Tensor, targets: Tensor, log_share: Tensor, pointed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        needed, dtype = ctx.needs_input_grad, _compute_type(hidden)
+        product, nll = table.to(dtype), torch.empty_like(pointed)
+        of_hidden, of_share, of_pointed = torch.empty_like(hidden), torch.empty_like(nll), torch.empty_like(nll)
+        of_table, of_bias = torch.zeros_like(table) if needed[1] else None, torch.zeros_like(bias)
+        for rows in _chunks(len(hidden)):
+            own = hidden[rows].to(dtype)
+            share = log_share[rows].exp()
+            logits = torch.addmm(bias.to(dtype), own, product.T)
+            probability = torch.exp(-_normalise(logits, targets[rows], gradient=any(needed)))
+            mixed = share * probability + pointed[rows]
+            nll[rows], of_pointed[rows] = -mixed.log(), -1 / mixed
+            of_share[rows] = -share * probability / mixed
+            if any(needed):  # the logits are now their gradients, were the head alone
+                logits *= -of_share[rows, None].to(dtype)
+                of_hidden[rows] = (logits @ product).to(hidden.dtype)
+                of_bias += logits.sum(dim=0, dtype=torch.float32)
+                if of_table is not None:
+                    of_table += logits.T @ own
+        ctx.save_for_backward(of_hidden, of_table, of_bias, of_share, of_pointed)
+        ctx.mark_non_differentiable(nll)
+        return nll.sum(), nll
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        of_hidden, of_table, of_bias, of_share, of_pointed = ctx.saved_tensors
+        of_table = None if of_table is None else gradient * of_table
+        return gradient * of_hidden, of_table, gradient * of_bias, None, gradient * of_share, gradient * of_pointed

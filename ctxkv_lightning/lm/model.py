@@ -5,31 +5,50 @@
     logits = h Eᵀ
 
 Embedding, its norm and the encoder are frozen: they stand here so that a checkpoint is a whole model. The model
-never runs the encoder while training; the contexts come from the store.
+never runs the encoder while training; the contexts come from the store. What may be added is a `Recipe`.
 """
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.lm.attention import Selection, attend, slot_weights
+from ctxkv_lightning.lm.head import frozen_cross_entropy, score
+from ctxkv_lightning.lm.output import Output
 from ctxkv_lightning.lm.pretrained import PretrainedModule
+from ctxkv_lightning.lm.recipe import Norm, Recipe
+
+UNSEEN = 0.1
+"""Added to every token's count where a bias starts from counts."""
 
 
 class TiedLM(PretrainedModule):
-    """What all models share: frozen normalised embeddings, the head tied to them, and frozen encoders if any.
+    """What all models share: normalised embeddings, the head tied to them, and frozen encoders if any.
 
     A subclass has `forward(embeddings, memory, first) -> (B, T, D)`: final hidden states from normalised embeddings
     (B, T, D) and a memory (B, S+T, ·) that begins with S ≥ 0 positions of history, contexts or embeddings; row b's
-    memory before index `first[b]` does not exist.
+    memory before index `first[b]` does not exist. `recipe` holds the fields of a `Recipe` that are not its defaults.
     """
 
-    def __init__(self, vocab_size: int, embedding_dim: int) -> None:
+    reads_tokens: ClassVar[bool] = False
+    """Whether the memory that `forward` reads is the embeddings of the history, not its contexts."""
+
+    def __init__(
+        self, vocab_size: int, embedding_dim: int, context_dim: int = 0, recipe: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
+        self.recipe = Recipe(**(recipe or {}))
         self.embedding = nn.Embedding(vocab_size, embedding_dim).requires_grad_(False)
         self.embedding_norm = nn.LayerNorm(embedding_dim).requires_grad_(False)
+        self.embedding_dropout = nn.Dropout(self.recipe.embedding_dropout)
+        self.context_dropout = nn.Dropout(self.recipe.context_dropout)
+        self.trained_embedding = nn.Embedding(vocab_size, embedding_dim) if self.recipe.train_embedding else None
+        published = self.recipe.published and self.recipe.norm == "post"
+        self.output = None if published else Output(vocab_size, embedding_dim, context_dim, self.recipe)
 
     def encoders(self) -> list[ContextEncoder]:
         """The frozen encoders, in the order in which their contexts stand side by side in the memory."""
@@ -41,17 +60,95 @@ class TiedLM(PretrainedModule):
         for own, trained in zip(self.encoders(), encoders, strict=True):
             own.load_state_dict(trained.state_dict())
 
+    def load_start(self, counts: Tensor) -> None:
+        """What training starts from: a trained table from the frozen one, an output's bias from unigram counts (V,)."""
+        if self.trained_embedding is not None:  # rows of norm 1 on average, so that one learning rate suits any table
+            table = self.embedding.weight
+            self.trained_embedding.weight.data.copy_(table / table.norm(dim=1).mean())
+        if self.output is not None and self.output.bias.requires_grad:
+            smoothed = counts + UNSEEN
+            self.output.bias.data.copy_((smoothed / smoothed.sum()).log())
+
+    @property
+    def table(self) -> Tensor:
+        """E (V, D) of the head and of `embed`."""
+        return (self.embedding if self.trained_embedding is None else self.trained_embedding).weight
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Normalised embeddings e = LayerNorm(E[x]), (...,) -> (..., D)."""
+        return self.embedding_norm(nn.functional.embedding(tokens, self.table))
+
+    def encoder_input(self, tokens: Tensor) -> Tensor:
+        """What the encoders read, LayerNorm of the frozen table's rows, (...,) -> (..., D)."""
         return self.embedding_norm(self.embedding(tokens))
 
+    def dropped(self, memory: Tensor) -> Tensor:
+        """The memory as a training step reads it: contexts with dropout, embeddings as they are."""
+        return self.context_dropout(memory) if self.encoders() else memory
+
+    def states(
+        self, tokens: Tensor, memory: Tensor, T: int, first: Tensor | None = None, embeddings: Tensor | None = None
+    ) -> Tensor:
+        """Final hidden states (B, T, D) of the last T of the tokens (B, S+T), with the memory (B, S+T, ·) of all.
+
+        `embeddings` (B, T, D), normalised rows of the frozen table, save looking them up where they are what is read.
+        """
+        looks_up = self.recipe.train_embedding or (self.reads_tokens and self.recipe.pointer_heads)
+        if looks_up and self.reads_tokens:
+            memory = self.embedding_dropout(self.embed(tokens))
+            return self(memory[:, memory.shape[1] - T :], memory, first)
+        if looks_up or embeddings is None:
+            embeddings = self.embed(tokens[:, tokens.shape[1] - T :])
+        return self(self.embedding_dropout(embeddings), memory, first)
+
+    def loss(
+        self,
+        hidden: Tensor,
+        memory: Tensor,
+        tokens: Tensor,
+        targets: Tensor,
+        counted: Tensor | None,
+        first: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Summed loss in nats, and its parts (n,), of the positions that count; shapes as in `Output.loss`."""
+        if self.output is not None:
+            return self.output.loss(hidden, self.table, memory, tokens, targets, counted, first)
+        flat = hidden.flatten(0, 1)
+        nll = frozen_cross_entropy(flat if counted is None else flat[counted], self.table, targets)
+        return nll.sum(), nll.detach()
+
+    @torch.no_grad()
+    def score(
+        self,
+        hidden: Tensor,
+        memory: Tensor,
+        tokens: Tensor,
+        targets: Tensor,
+        counted: Tensor | None,
+        first: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Losses (n,) in nats, fp32, and whether the target was the likeliest token (n,); shapes as in `loss`."""
+        if self.output is None:
+            flat = hidden.flatten(0, 1)
+            return score(flat if counted is None else flat[counted], self.table, targets)
+        B, T = hidden.shape[:2]
+        counted = torch.arange(B * T, device=hidden.device) if counted is None else counted
+        following = targets.new_zeros(B * T).scatter(0, counted, targets).view(B, T)
+        nll, hits = hidden.new_empty(B, T, dtype=torch.float32), torch.empty_like(following, dtype=torch.bool)
+        for rows, p in self.output.probabilities(hidden, self.table, memory, tokens, first):
+            right = following[:, rows, None]
+            nll[:, rows] = -p.gather(2, right)[..., 0].log()
+            hits[:, rows] = p.argmax(dim=-1) == right[..., 0]
+        return nll.flatten()[counted], hits.flatten()[counted]
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
-        return hidden @ self.embedding.weight.T
+        """The published head, (..., D) -> (..., V)."""
+        return hidden @ self.table.T
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters in all, trained, and by part."""
         parts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
+        parts = {name: count for name, count in parts.items() if count}
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return {"total": sum(parts.values()), "trainable": trainable, **parts}
 
@@ -71,8 +168,10 @@ class ContextAttention(nn.Module):
         max_contexts: int,
         dropout: float,
         selection: Selection = "strided",
+        norm: Norm = "post",
     ) -> None:
         super().__init__()
+        self.residual = norm
         self.intervals = (interval,) * heads if isinstance(interval, int) else tuple(interval)
         if embedding_dim % heads or len(self.intervals) != heads:
             raise ValueError(f"heads={heads} does not divide embedding_dim={embedding_dim}, or interval={interval}")
@@ -84,20 +183,27 @@ class ContextAttention(nn.Module):
         self.output = nn.Linear(embedding_dim, embedding_dim)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(embedding_dim)
+        if norm == "pre":  # each layer starts as the identity
+            nn.init.zeros_(self.output.weight)
 
     def forward(self, embeddings: Tensor, contexts: Tensor, first: Tensor | None = None) -> Tensor:
         """(B, T, D) from embeddings (B, T, D) and contexts (B, S+T, C), the first S of them history."""
-        query, key, value = (self.split(x) for x in (self.query(embeddings), self.key(contexts), self.value(contexts)))
+        query, key, value = (self.split(x) for x in (self.ask(embeddings), self.key(contexts), self.value(contexts)))
         mixed = attend(query, key, value, self.intervals, self.max_contexts, self.selection, first)
         return self.combine(embeddings, mixed)
 
+    def ask(self, embeddings: Tensor) -> Tensor:
+        """Queries (..., D), of all heads side by side."""
+        return self.query(self.norm(embeddings) if self.residual == "pre" else embeddings)
+
     def combine(self, embeddings: Tensor, mixed: Tensor) -> Tensor:
-        """LayerNorm(e + dropout(W_o mixed)), (B, T, D), of the heads' outputs (B, H, T, d)."""
-        return self.norm(embeddings + self.dropout(self.output(mixed.transpose(1, 2).flatten(2))))
+        """e + dropout(W_o mixed), (B, T, D), normalised if `norm` is "post", of the heads' outputs (B, H, T, d)."""
+        both = embeddings + self.dropout(self.output(mixed.transpose(1, 2).flatten(2)))
+        return both if self.residual == "pre" else self.norm(both)
 
     def slot_weights(self, embeddings: Tensor, contexts: Tensor, first: Tensor | None = None) -> Tensor:
         """Mean attention weight (H, M) by head and slot, over all B·T positions."""
-        query, key = self.split(self.query(embeddings)), self.split(self.key(contexts))
+        query, key = self.split(self.ask(embeddings)), self.split(self.key(contexts))
         return slot_weights(query, key, self.intervals, self.max_contexts, self.selection, first)
 
     def split(self, x: Tensor) -> Tensor:
@@ -106,20 +212,26 @@ class ContextAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """h + LayerNorm(W_2 GELU(W_1 h)), on (..., D)."""
+    """h + LayerNorm(W_2 GELU(W_1 h)), or, if `norm` is "pre", h + dropout(W_2 GELU(W_1 LayerNorm(h))), on (..., D)."""
 
-    def __init__(self, embedding_dim: int, ffn_dim: int) -> None:
+    def __init__(self, embedding_dim: int, ffn_dim: int, norm: Norm = "post", dropout: float = 0.0) -> None:
         super().__init__()
+        self.residual = norm
         self.up = nn.Linear(embedding_dim, ffn_dim)
         self.down = nn.Linear(ffn_dim, embedding_dim)
         self.norm = nn.LayerNorm(embedding_dim)
+        self.dropout = nn.Dropout(dropout)
+        if norm == "pre":
+            nn.init.zeros_(self.down.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if self.residual == "pre":
+            return hidden + self.dropout(self.down(F.gelu(self.up(self.norm(hidden)))))
         return hidden + self.norm(self.down(F.gelu(self.up(hidden))))
 
 
 class ContextKVLM(TiedLM):
-    """The published model, with a choice of which contexts its heads read."""
+    """The published model, with a choice of which contexts its heads read, and of a recipe."""
 
     def __init__(
         self,
@@ -132,11 +244,15 @@ class ContextKVLM(TiedLM):
         ffn_dim: int = 3072,
         dropout: float = 0.1,
         selection: Selection = "strided",
+        recipe: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(vocab_size, embedding_dim)
+        super().__init__(vocab_size, embedding_dim, context_dim, recipe)
+        norm = self.recipe.norm
         self.encoder = ContextEncoder(context_dim, embedding_dim).requires_grad_(False)
-        self.attention = ContextAttention(embedding_dim, context_dim, heads, interval, max_contexts, dropout, selection)
-        self.ffn = FeedForward(embedding_dim, ffn_dim)
+        self.attention = ContextAttention(
+            embedding_dim, context_dim, heads, interval, max_contexts, dropout, selection, norm
+        )
+        self.ffn = FeedForward(embedding_dim, ffn_dim, norm, dropout if norm == "pre" else 0.0)
 
     def forward(self, embeddings: Tensor, contexts: Tensor, first: Tensor | None = None) -> Tensor:
         """Final hidden states (B, T, D) from embeddings (B, T, D) and contexts (B, S+T, C).

@@ -1,7 +1,7 @@
 """Phase 2: attention and feed-forward layers learn on stored contexts, everything else frozen."""
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -11,7 +11,6 @@ from torchmetrics import MeanMetric
 from ctxkv_lightning.datamodule import Windows
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.attention import Selection
-from ctxkv_lightning.lm.head import frozen_cross_entropy, score
 from ctxkv_lightning.lm.perplexity import Perplexity
 from ctxkv_lightning.lm.rivals import ModelName, build_model
 
@@ -20,6 +19,13 @@ log = logging.getLogger(__name__)
 MONITOR = "val/ppl"
 """What early stopping and the best checkpoint go by; logged by `ContextKVLMModule`."""
 
+
+Schedule = Literal["constant", "linear"]
+
+LAST_RATE = 0.02
+"""Of a linear schedule, at its end."""
+
+Read = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 LOOK_EVERY = 16
 """Steps between two looks at whether the loss is still finite, where looking stalls the device."""
@@ -50,30 +56,37 @@ class ContextKVLMModule(L.LightningModule):
         model: ModelName = "context_kv",
         selection: Selection = "strided",
         window_tokens: int = 103,
+        recipe: dict[str, Any] | None = None,
+        schedule: Schedule = "constant",
+        warmup_steps: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.model = build_model(
             model, vocab_size, embedding_dim, context_dim, heads, interval, max_contexts, ffn_dim, dropout, selection,
-            window_tokens,
+            window_tokens, recipe,
         )  # fmt: skip
+        self.starts_fresh = True
         self.train_ppl, self.val_ppl, self.test_ppl = Perplexity(), Perplexity(), Perplexity()
         self.train_ppl.persistent(True)  # an epoch that is interrupted is summed up over all its steps
         self.val_accuracy, self.test_accuracy = MeanMetric(), MeanMetric()
         self.register_buffer("broken", torch.zeros((), dtype=torch.bool), persistent=False)
 
     def setup(self, stage: str) -> None:
-        """Copies the frozen parts from the data module, once per fit; a checkpoint has them already."""
+        """Takes the frozen parts from the data module, and what training starts from unless there are weights."""
         if stage == "fit":
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             self.model.load_frozen(data.table, data.encoders())
+            if self.starts_fresh:
+                self.model.load_start(data.unigram_counts())
 
     def training_step(self, batch: Windows, batch_index: int) -> Tensor:
-        nll = frozen_cross_entropy(self._hidden(batch), self.model.embedding.weight, batch.targets)
+        hidden, read = self._hidden(batch)
+        total, nll = self.model.loss(hidden, *read)
         # Ranks get different numbers of tokens, and their gradients are averaged.
-        loss = nll.sum() / (batch.total / self.trainer.world_size)
+        loss = total / (batch.total / self.trainer.world_size)
         self._refuse_broken_updates(loss.detach(), batch_index)
-        self.train_ppl.update(nll.detach())
+        self.train_ppl.update(nll)
         self.log("train/ppl", self.train_ppl, on_step=False, on_epoch=True, logger=False)
         self.log("train/loss", loss.detach(), on_step=True, on_epoch=False, sync_dist=True)
         self.log("ppl", loss.detach().exp(), on_step=True, on_epoch=False, prog_bar=True, logger=False)
@@ -133,16 +146,38 @@ class ContextKVLMModule(L.LightningModule):
     def _looks(self, batch_index: int) -> bool:
         return self.device.type == "cpu" or batch_index % LOOK_EVERY == 0 or self.trainer.is_last_batch
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> Any:
+        """AdamW; what is no matrix does not decay where there is a schedule, which is one step long at least."""
         trained = [p for p in self.parameters() if p.requires_grad]
-        return torch.optim.AdamW(trained, lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"], fused=True)
+        decay = self.hparams["weight_decay"]
+        if self.hparams["schedule"] == "constant":
+            return torch.optim.AdamW(trained, lr=self.hparams["lr"], weight_decay=decay, fused=True)
+        optimizer = torch.optim.AdamW(self._groups(decay), lr=self.hparams["lr"], fused=True)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _hidden(self, batch: Windows) -> Tensor:
-        """Hidden states (n, D) of the positions that count."""
-        hidden = self.model(batch.embeddings, batch.memory, batch.first).flatten(0, 1)
-        return hidden if batch.counted is None else hidden[batch.counted]
+    def _groups(self, decay: float) -> list[dict[str, Any]]:
+        """Matrices decay; vectors, and the embedding, whose rare rows would only shrink, do not."""
+        table = self.model.table
+        trained = [p for p in self.parameters() if p.requires_grad]
+        matrices = [p for p in trained if p.ndim > 1 and p is not table]
+        others = [p for p in trained if p.ndim < 2 or p is table]
+        return [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+
+    def _rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step, as a part of `lr`: up over the warm-up, then down to `LAST_RATE` in a line."""
+        rising = min(1.0, (step + 1) / max(1, self.hparams["warmup_steps"]))
+        return rising * max(LAST_RATE, 1 - step / max(1, steps))
+
+    def _hidden(self, batch: Windows) -> tuple[Tensor, Read]:
+        """Hidden states (B, T, D), and what the loss reads besides."""
+        T, memory = batch.embeddings.shape[1], self.model.dropped(batch.memory)
+        hidden = self.model.states(batch.tokens, memory, T, batch.first, batch.embeddings)
+        return hidden, (memory, batch.tokens, batch.targets, batch.counted, batch.first)
 
     def _score(self, batch: Windows) -> tuple[Tensor, Tensor]:
         """Losses (n,) in nats and hits (n,) of the positions that count."""
-        nll, hits = score(self._hidden(batch), self.model.embedding.weight, batch.targets)
+        hidden, read = self._hidden(batch)
+        nll, hits = self.model.score(hidden, *read)
         return nll, hits.float()

@@ -5,7 +5,7 @@ tokens read the embeddings of the history as their memory, the other two context
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.lm.attention import Selection, strided_attention
 from ctxkv_lightning.lm.model import ContextAttention, ContextKVLM, FeedForward, TiedLM
+from ctxkv_lightning.lm.recipe import Norm
 
 ModelName = Literal["context_kv", "cascade", "transformer", "sliding_window", "recurrence"]
 
@@ -26,15 +27,15 @@ class TokenAttention(ContextAttention):
     Rotary positions are those of Su et al., "RoFormer" (2021).
     """
 
-    def __init__(self, embedding_dim: int, heads: int, window: int | None, dropout: float) -> None:
-        super().__init__(embedding_dim, embedding_dim, heads, 1, window or 1, dropout)
+    def __init__(self, embedding_dim: int, heads: int, window: int | None, dropout: float, norm: Norm = "post") -> None:
+        super().__init__(embedding_dim, embedding_dim, heads, 1, window or 1, dropout, norm=norm)
         if embedding_dim // heads % 2:
             raise ValueError(f"heads={heads} must leave an even number of dimensions to each head of {embedding_dim}")
         self.window = window
 
     def forward(self, embeddings: Tensor, memory: Tensor, first: Tensor | None = None) -> Tensor:
         """(B, T, D) from embeddings (B, T, D) and the memory (B, S+T, D) of all embeddings."""
-        query, key, value = (self.split(x) for x in (self.query(embeddings), self.key(memory), self.value(memory)))
+        query, key, value = (self.split(x) for x in (self.ask(embeddings), self.key(memory), self.value(memory)))
         positions = torch.arange(key.shape[2], device=key.device)
         query, key = rotated(query, positions[-query.shape[2] :]), rotated(key, positions)
         if self.window is None:
@@ -62,14 +63,30 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor | 
 
 
 class TransformerLM(TiedLM):
-    """One layer of a transformer: causal attention over all tokens, or over the last `window` of them."""
+    """One layer of a transformer: causal attention over all tokens, or over the last `window` of them.
+
+    The contexts, of `context_dim` numbers, are those of a recipe's pointer; without one there is no encoder.
+    """
+
+    reads_tokens = True
 
     def __init__(
-        self, vocab_size: int, embedding_dim: int, heads: int, ffn_dim: int, dropout: float, window: int | None = None
+        self,
+        vocab_size: int,
+        embedding_dim: int,
+        heads: int,
+        ffn_dim: int,
+        dropout: float,
+        window: int | None = None,
+        context_dim: int = 256,
+        recipe: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(vocab_size, embedding_dim)
-        self.attention = TokenAttention(embedding_dim, heads, window, dropout)
-        self.ffn = FeedForward(embedding_dim, ffn_dim)
+        super().__init__(vocab_size, embedding_dim, context_dim, recipe)
+        norm = self.recipe.norm
+        if self.recipe.pointer_heads:
+            self.encoder = ContextEncoder(context_dim, embedding_dim).requires_grad_(False)
+        self.attention = TokenAttention(embedding_dim, heads, window, dropout, norm)
+        self.ffn = FeedForward(embedding_dim, ffn_dim, norm, dropout if norm == "pre" else 0.0)
 
     def forward(self, embeddings: Tensor, memory: Tensor, first: Tensor | None = None) -> Tensor:
         """Final hidden states (B, T, D); the memory (B, S+T, D) holds the embeddings of history and of now."""
@@ -77,15 +94,24 @@ class TransformerLM(TiedLM):
 
 
 class RecurrenceLM(TiedLM):
-    """The current context alone: h = LayerNorm(e + dropout(W c)), then the feed-forward layer."""
+    """The current context alone: h = LayerNorm(e + dropout(W c)), then the feed-forward layer; no norm if pre-norm."""
 
-    def __init__(self, vocab_size: int, embedding_dim: int, context_dim: int, ffn_dim: int, dropout: float) -> None:
-        super().__init__(vocab_size, embedding_dim)
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_dim: int,
+        context_dim: int,
+        ffn_dim: int,
+        dropout: float,
+        recipe: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(vocab_size, embedding_dim, context_dim, recipe)
+        norm = self.recipe.norm
         self.encoder = ContextEncoder(context_dim, embedding_dim).requires_grad_(False)
         self.read = nn.Linear(context_dim, embedding_dim)
         self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(embedding_dim)
-        self.ffn = FeedForward(embedding_dim, ffn_dim)
+        self.norm = nn.LayerNorm(embedding_dim) if norm == "post" else nn.Identity()
+        self.ffn = FeedForward(embedding_dim, ffn_dim, norm, dropout if norm == "pre" else 0.0)
 
     def forward(self, embeddings: Tensor, contexts: Tensor, first: Tensor | None = None) -> Tensor:
         """Final hidden states (B, T, D) from embeddings (B, T, D) and the last T of the contexts (B, S+T, C)."""
@@ -120,19 +146,19 @@ def build_model(
     dropout: float,
     selection: Selection,
     window_tokens: int,
+    recipe: dict[str, Any] | None = None,
 ) -> TiedLM:
     """The model of this name; each takes what it reads. Raises ValueError for a name that is none of `ModelName`."""
+    V, D, C = vocab_size, embedding_dim, context_dim
     match name:
         case "context_kv":
-            return ContextKVLM(
-                vocab_size, embedding_dim, context_dim, heads, interval, max_contexts, ffn_dim, dropout, selection
-            )
+            return ContextKVLM(V, D, C, heads, interval, max_contexts, ffn_dim, dropout, selection, recipe)
         case "cascade":
-            return CascadeLM(vocab_size, embedding_dim, context_dim)
+            return CascadeLM(V, D, C)
         case "recurrence":
-            return RecurrenceLM(vocab_size, embedding_dim, context_dim, ffn_dim, dropout)
+            return RecurrenceLM(V, D, C, ffn_dim, dropout, recipe)
         case "transformer":
-            return TransformerLM(vocab_size, embedding_dim, heads, ffn_dim, dropout)
+            return TransformerLM(V, D, heads, ffn_dim, dropout, None, C, recipe)
         case "sliding_window":
-            return TransformerLM(vocab_size, embedding_dim, heads, ffn_dim, dropout, window_tokens)
+            return TransformerLM(V, D, heads, ffn_dim, dropout, window_tokens, C, recipe)
     raise ValueError(f"there is no model '{name}'")

@@ -201,6 +201,9 @@ def _ordered(axis: Axis, points: dict[Any, Group]) -> tuple[tuple[Any, Group], .
 def _references(axis: Axis, groups: Sequence[Group]) -> list[Group]:
     best: dict[str, Group] = {}
     for group in groups:
-        if axis.key not in group.settings and not reads(group.runs[0].settings["model.name"], axis.key):
+        known = group.runs[0].settings
+        if axis.key not in group.settings and not reads(
+            known["model.name"], axis.key, bool(known.get("recipe.pointer_heads"))
+        ):
             best.setdefault(group.model, group)
     return list(best.values())

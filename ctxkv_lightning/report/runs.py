@@ -23,13 +23,31 @@ _WINDOW = ("interval", "max_contexts", "selection")
 _PHASE_ONE = ("context_dim", "pretrain", "contexts")
 UNREAD = {
     "context_kv": ("model.window_tokens",),
-    "cascade": (*_WINDOW, "heads", "model.window_tokens", "model.ffn_dim", "model.dropout"),
-    "transformer": (*_WINDOW, *_PHASE_ONE, "model.window_tokens"),
-    "sliding_window": (*_WINDOW, *_PHASE_ONE),
+    "cascade": (*_WINDOW, "heads", "model.window_tokens", "model.ffn_dim", "model.dropout", "recipe"),
+    "transformer": (*_WINDOW, "model.window_tokens"),
+    "sliding_window": _WINDOW,
     "recurrence": (*_WINDOW, "heads", "model.window_tokens"),
 }
-"""Keys, or groups of them, that a model does not read: two runs are not different by these. (`config.UNREAD` says the
-same to the front doors, which this package does not know; a test keeps them equal.)"""
+UNREAD_WITHOUT_POINTER = {
+    "transformer": _PHASE_ONE,
+    "sliding_window": _PHASE_ONE,
+}
+POINTER = ("recipe.pointer_dim", "recipe.pointer_window")
+"""Keys, or groups of them, that a model does not read, the last two where there is no pointer: two runs are not
+different by these. (`config` says the same to the front doors, which this package does not know; a test keeps them
+equal.)"""
+
+LATER = {
+    "recipe.norm": "post",
+    "recipe.train_embedding": False,
+    "recipe.embedding_dropout": 0.0,
+    "recipe.context_dropout": 0.0,
+    "recipe.output_dropout": 0.0,
+    "recipe.projection": False,
+    "recipe.pointer_heads": 0,
+    "train.schedule": "constant",
+}
+"""Keys that runs of earlier versions do not have, and what those runs did."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +167,12 @@ def as_run(name: str, metrics: Metrics) -> Run:
 def settings(metrics: Metrics) -> dict[str, Any]:
     """The configuration of a run as dotted keys without those that its model does not read or that change nothing."""
     config = metrics["config"]
-    name = config["model"]["name"]
-    unread = (*NO_EFFECT, *UNREAD.get(name, ()))
-    kept = {key: _hashable(value) for key, value in leaves(config) if not _below(key, unread)}
+    name, values = config["model"]["name"], dict(leaves(config))
+    values |= {key: value for key, value in LATER.items() if key not in values}
+    unread = (*NO_EFFECT, *_unread(name, bool(values["recipe.pointer_heads"])))
+    if values["train.schedule"] == "constant":
+        unread = (*unread, "train.warmup_steps")
+    kept = {key: _hashable(value) for key, value in values.items() if not _below(key, unread)}
     if kept.get("samples", 0) is None:
         kept["samples"] = metrics["data"]["train_documents"]
     if name == "sliding_window" and kept.get("model.window_tokens") is None:
@@ -159,9 +180,14 @@ def settings(metrics: Metrics) -> dict[str, Any]:
     return kept
 
 
-def reads(model: str, key: str) -> bool:
-    """Whether a model of this name reads this dotted key."""
-    return not _below(key, UNREAD.get(model, ()))
+def reads(model: str, key: str, pointer: bool = False) -> bool:
+    """Whether a model of this name, with a pointer or without one, reads this dotted key."""
+    return not _below(key, _unread(model, pointer))
+
+
+def _unread(model: str, pointer: bool) -> tuple[str, ...]:
+    always = UNREAD.get(model, ())
+    return always if pointer else (*always, *UNREAD_WITHOUT_POINTER.get(model, ()), *POINTER)
 
 
 def _below(key: str, groups: Sequence[str]) -> bool:

@@ -21,20 +21,37 @@ MODELS = {
     "sliding_window": lambda: TransformerLM(V, D, H, 48, 0.1, 7),
     "recurrence": lambda: RecurrenceLM(V, D, C, 48, 0.1),
     "cascade": lambda: CascadeLM(V, D, C),
+    "recipe": lambda: ContextKVLM(V, D, C, H, [1, 3, 3, 8], 4, 48, 0.1, recipe=RECIPE),
+    "recipe_own_ring": lambda: ContextKVLM(V, D, C, H, 5, 4, 48, 0.1, recipe={**RECIPE, "pointer_window": 9}),
+    "recipe_grid": lambda: ContextKVLM(V, D, C, H, 5, 4, 48, 0.1, "grid", {**RECIPE, "norm": "post"}),
+    "recipe_transformer": lambda: TransformerLM(V, D, H, 48, 0.1, None, C, RECIPE),
+    "recipe_sliding_window": lambda: TransformerLM(V, D, H, 48, 0.1, 7, C, RECIPE),
+    "recipe_recurrence": lambda: RecurrenceLM(V, D, C, 48, 0.1, RECIPE),
+    "trained_embedding": lambda: TransformerLM(V, D, H, 48, 0.1, 7, C, {"train_embedding": True}),
 }
+RECIPE = {"norm": "pre", "train_embedding": True, "projection": True, "pointer_heads": 2, "pointer_window": 24}
+"""The pointer's window is also what (M-1) I contexts of the first of these models span."""
 
 
 def made(name, seed=0):
     torch.manual_seed(seed)
-    return MODELS[name]().eval().requires_grad_(False)
+    model = MODELS[name]().eval().requires_grad_(False)
+    if model.output is not None:  # it starts with zeros, which would hide mistakes
+        for parameter in [*model.output.parameters(), *model.ffn.parameters()]:
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
 
 
 def parallel_logits(model, tokens):
     """Logits (N, V) of the whole text at once, over exact contexts or over the embeddings."""
-    embeddings = model.embed(tokens)
-    contexts = [solve_contexts(encoder, embeddings)[0] for encoder in model.encoders()]
-    memory = torch.cat(contexts, dim=1) if contexts else embeddings
-    return model.logits(model(embeddings[None], memory[None]))[0]
+    frozen = model.encoder_input(tokens)
+    contexts = [solve_contexts(encoder, frozen)[0] for encoder in model.encoders()]
+    memory = torch.cat(contexts, dim=1) if contexts else model.embed(tokens)
+    hidden = model.states(tokens[None], memory[None], len(tokens))
+    if model.output is None:
+        return model.logits(hidden)[0]
+    parts = model.output.probabilities(hidden, model.table, memory[None], tokens[None], None)
+    return torch.cat([p for _, p in parts], dim=1)[0].log()
 
 
 @pytest.mark.parametrize("keep", ["contexts", "kv"])

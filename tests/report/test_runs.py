@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,17 @@ def test_no_run_at_all_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_the_report_knows_what_the_configuration_says_a_model_reads() -> None:
-    assert runs.UNREAD == config.UNREAD
+    for name in ("UNREAD", "UNREAD_WITHOUT_POINTER", "POINTER"):
+        assert getattr(runs, name) == getattr(config, name)
+
+
+def test_runs_of_earlier_versions_did_what_the_defaults_say() -> None:
+    defaults = dict(runs.leaves(asdict(config.Config())))
+    assert all(defaults[key] == value for key, value in runs.LATER.items())
+    assert {key for key in defaults if key.startswith("recipe.")} == {
+        *(key for key in runs.LATER if key.startswith("recipe.")),
+        *runs.POINTER,
+    }
 
 
 def test_settings_leave_out_what_changes_nothing() -> None:

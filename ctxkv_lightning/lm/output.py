@@ -1,0 +1,93 @@
+"""From final states to probabilities where a `Recipe` adds to the tied head: norm, projection, bias, pointer."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ctxkv_lightning.lm.head import mixed_cross_entropy
+from ctxkv_lightning.lm.pointer import CachePointer, Pointed
+from ctxkv_lightning.lm.recipe import Recipe
+
+
+class Output(nn.Module):
+    """p(w) = g_0 softmax(E (W dropout(z)) + b)[w] + what the pointer adds, z the (pre-norm: normalised) final state.
+
+    `table` is E (V, D), which the caller keeps. Without a projection W is the identity and b is 0; without a pointer
+    g_0 is 1.
+    """
+
+    def __init__(self, vocab_size: int, embedding_dim: int, context_dim: int, recipe: Recipe) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(embedding_dim) if recipe.norm == "pre" else nn.Identity()
+        self.dropout = nn.Dropout(recipe.output_dropout)
+        self.projection = nn.Linear(embedding_dim, embedding_dim, bias=False) if recipe.projection else nn.Identity()
+        self.bias = nn.Parameter(torch.zeros(vocab_size), requires_grad=recipe.projection)
+        self.pointer: CachePointer | None = None
+        if isinstance(self.projection, nn.Linear):
+            nn.init.zeros_(self.projection.weight)
+        if recipe.pointer_heads:
+            dim, window = recipe.pointer_dim, recipe.pointer_window
+            self.pointer = CachePointer(embedding_dim, context_dim, recipe.pointer_heads, dim, window)
+
+    def loss(
+        self,
+        hidden: Tensor,
+        table: Tensor,
+        memory: Tensor,
+        tokens: Tensor,
+        targets: Tensor,
+        counted: Tensor | None,
+        first: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Summed loss, and its parts (n,), of the positions that count among final states (B, T, D).
+
+        The memory (B, S+T, C) and tokens (B, S+T) begin with S positions of history; `targets` (n,) follow the
+        positions `counted` (n,) of the B·T, of all where that is None.
+        """
+        state = self.norm(hidden)
+        share, mass = state.new_zeros(state.shape[:2], dtype=torch.float32), None
+        if self.pointer is not None:
+            places = hidden.shape[:2]
+            following = targets if counted is None else targets.new_zeros(places.numel()).scatter(0, counted, targets)
+            share, mass = self._pointed_mass(state, memory, tokens, following.view(places), first)
+        mass = torch.zeros_like(share) if mass is None else mass
+        wanted = self.projection(self.dropout(state)).flatten(0, 1)
+        flat = [x if counted is None else x[counted] for x in (wanted, share.flatten(), mass.flatten())]
+        return mixed_cross_entropy(flat[0], table, self.bias, targets, flat[1], flat[2])
+
+    def probabilities(
+        self, hidden: Tensor, table: Tensor, memory: Tensor, tokens: Tensor, first: Tensor | None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """p (B, n, V), fp32, of what follows each position, block by block; shapes as in `loss`."""
+        state = self.norm(hidden)
+        if self.pointer is None:
+            yield slice(0, hidden.shape[1]), self.own(state, table)
+            return
+        for part in self.pointer.blocks(state, memory, tokens, first):
+            yield part.rows, self.mixed(self.own(state[:, part.rows], table), part)
+
+    def mixed(self, own: Tensor, part: Pointed) -> Tensor:
+        """p (B, n, V) of the head's own p and what is pointed at."""
+        shares = part.gates.exp()
+        weights = (shares[..., 1:].transpose(1, 2)[..., None] * part.weights).sum(dim=1)
+        followers = part.followers[:, None].expand_as(weights)
+        return (shares[..., :1] * own).scatter_add(2, followers, weights)
+
+    def own(self, state: Tensor, table: Tensor) -> Tensor:
+        """The head's own p (..., V), fp32, from normalised final states (..., D)."""
+        wanted = self.projection(state)
+        return torch.softmax((wanted @ table.to(wanted.dtype).T).float() + self.bias, dim=-1)
+
+    def _pointed_mass(
+        self, state: Tensor, memory: Tensor, tokens: Tensor, following: Tensor, first: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """log g_0 and the probability that the pointer gives the token that does follow, both (B, T)."""
+        assert self.pointer is not None
+        shares, masses = [], []
+        for part in self.pointer.blocks(state, memory, tokens, first):
+            right = part.followers[:, None] == following[:, part.rows, None]
+            mass = (part.weights * right[:, None]).sum(dim=-1).transpose(1, 2)
+            shares.append(part.gates[..., 0])
+            masses.append((part.gates[..., 1:].exp() * mass).sum(dim=-1))
+        return torch.cat(shares, dim=1), torch.cat(masses, dim=1)

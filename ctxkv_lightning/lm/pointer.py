@@ -1,0 +1,113 @@
+"""A pointer over the contexts that a decoder keeps: what followed a context like this one may follow again.
+
+    p_h(w | t) ∝ Σ_{i<t} exp(q_h · k_{h,i} - ρ_h log(t - i)) [x_{i+1} = w],  q_h = A_h c_t + B_h z_t,  k_{h,i} = K_h c_i
+    p(w | t) = g_0 p_model(w | t) + Σ_h g_h p_h(w | t),   g = softmax(W_g [z_t; log Σ_i exp(…)_h] + b_g)
+
+z_t is the model's normalised final state, i runs over the last `window` contexts before t. It joins the continuous
+cache of Grave, Joulin & Usunier (2017) with the learned mixture of Merity et al.'s pointer sentinel (2017). In a
+decoder it costs four bytes more for each context kept: the token that followed.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+BLOCK = 370
+"""Queries at a time: a block of n reads window + n - 1 keys, of which every query needs `window`."""
+
+NEVER = -1e4
+"""Score of what does not exist; finite, so that a query without any past has a distribution too."""
+
+EVIDENCE_SCALE = 0.1
+"""Brings log-sum-exps, which are tens, to the size of what else the gate reads."""
+
+EVIDENCE_FLOOR = -20.0
+"""Of a log-sum-exp as the gate reads it: what a query without any past has."""
+
+SHARPNESS = (0.02, 0.05, 0.1, 0.2)
+"""Of c_t · c_i at the start, by head in turn: from a broad look to the best match alone."""
+
+
+class Pointed(NamedTuple):
+    """What a pointer says about n queries in a row, of B texts: those of `rows`."""
+
+    rows: slice
+    gates: Tensor  # (B, n, P+1), log; the first is the model's own
+    weights: Tensor  # (B, P, n, m), of the keys that the block reads; each head's sum to 1
+    followers: Tensor  # (B, m), the token that followed each key
+
+
+class CachePointer(nn.Module):
+    """`heads` pointers over the last `window` contexts, and the gates that mix them with the model's own prediction."""
+
+    def __init__(self, embedding_dim: int, context_dim: int, heads: int, dim: int, window: int) -> None:
+        super().__init__()
+        self.heads, self.window = heads, window
+        sharpness = torch.tensor([SHARPNESS[h % len(SHARPNESS)] for h in range(heads)])
+        alike = nn.init.orthogonal_(torch.empty(context_dim, dim)) * (context_dim / dim) ** 0.5
+        start = sharpness.sqrt()[:, None, None] * alike
+        self.from_context = nn.Parameter(start.clone())  # A (P, C, d): like the keys, so that alike contexts match
+        self.from_state = nn.Parameter(torch.zeros(heads, embedding_dim, dim))
+        self.key = nn.Parameter(start.clone())
+        self.recency = nn.Parameter(torch.zeros(heads))
+        self.norm = nn.LayerNorm(embedding_dim)
+        self.gate = nn.Linear(embedding_dim + heads, heads + 1)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+        nn.init.ones_(self.gate.bias[:1])
+
+    def blocks(self, hidden: Tensor, contexts: Tensor, tokens: Tensor, first: Tensor | None) -> Iterator[Pointed]:
+        """Gates and weights, block by block, of queries with final states (B, T, D).
+
+        The contexts (B, S+T, C) and tokens (B, S+T) begin with S positions of history; what is before `first[b]`, or
+        not there, is not read.
+        """
+        T = hidden.shape[1]
+        state, query = self._queries(hidden, contexts[:, contexts.shape[1] - T :])
+        contexts, tokens, first = self._padded(contexts, tokens, first, T)
+        for start in range(0, T, BLOCK):
+            rows = slice(start, min(T, start + BLOCK))
+            n = rows.stop - rows.start
+            keys = torch.einsum("bmc,pcd->bpmd", contexts[:, start : start + self.window + n - 1], self.key)
+            scores = (query[:, :, rows] @ keys.transpose(-1, -2)).float()
+            distance = torch.arange(n, device=scores.device)[:, None] + self.window
+            distance = distance - torch.arange(self.window + n - 1, device=scores.device)
+            exists = (distance >= 1) & (distance <= self.window)
+            position = start + torch.arange(self.window + n - 1, device=scores.device)
+            exists = exists & (position >= first[:, None])[:, None]
+            gates, weights = self.weigh(state[:, rows], scores, distance.clamp_min(1), exists[:, None])
+            yield Pointed(rows, gates, weights, tokens[:, start + 1 : start + self.window + n])
+
+    def weigh(self, state: Tensor, scores: Tensor, distance: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates (B, n, P+1), log, and weights (B, P, n, m) from z (B, n, D), scores (B, P, n, m) and distances."""
+        scores = scores - self.recency[:, None, None] * distance.log()
+        scores = scores.masked_fill(~exists, NEVER)
+        evidence = scores.logsumexp(dim=-1, keepdim=True)
+        seen = evidence[..., 0].transpose(1, 2).clamp_min(EVIDENCE_FLOOR) * EVIDENCE_SCALE
+        gates = self.gate(torch.cat([state, seen.to(state.dtype)], dim=-1)).float()
+        nothing = ~exists.any(dim=-1).transpose(1, 2)  # (B, n, 1): then the model speaks alone
+        pointing = torch.arange(self.heads + 1, device=gates.device) > 0
+        return gates.masked_fill(nothing & pointing, NEVER).log_softmax(dim=-1), (scores - evidence).exp()
+
+    def ask(self, hidden: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """z (B, 1, D), and what is multiplied with contexts themselves to score them, K_hᵀ q_h (B, P, 1, C)."""
+        state, query = self._queries(hidden[:, None], context[:, None])
+        return state, torch.einsum("bpnd,pcd->bpnc", query, self.key)
+
+    def _queries(self, hidden: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor]:
+        """z (B, T, D) and queries (B, P, T, d)."""
+        state = self.norm(hidden)
+        query = torch.einsum("btc,pcd->bptd", contexts, self.from_context)
+        return state, query + torch.einsum("bte,ped->bptd", state, self.from_state)
+
+    def _padded(self, contexts: Tensor, tokens: Tensor, first: Tensor | None, T: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Contexts and tokens of exactly `window` positions of history, and the first that exists (B,)."""
+        more = self.window - (contexts.shape[1] - T)
+        first = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device) if first is None else first
+        if more <= 0:
+            return contexts[:, -more:], tokens[:, -more:], (first + more).clamp_min(0)
+        padding = contexts.new_zeros(len(contexts), more, contexts.shape[2])
+        unknown = tokens.new_zeros(len(tokens), more)
+        return torch.cat([padding, contexts], dim=1), torch.cat([unknown, tokens], dim=1), first + more

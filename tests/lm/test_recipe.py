@@ -1,0 +1,140 @@
+"""A recipe's parts against their formulas: the pointer, the output it is mixed into, and the loss of both."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from ctxkv_lightning.lm import pointer as pointer_module
+from ctxkv_lightning.lm.head import mixed_cross_entropy
+from ctxkv_lightning.lm.model import ContextKVLM
+from ctxkv_lightning.lm.output import Output
+from ctxkv_lightning.lm.recipe import Recipe
+from ctxkv_lightning.lm.rivals import build_model
+from tests import oracles
+
+V, D, C = 12, 8, 6
+ALL = {
+    "norm": "pre",
+    "train_embedding": True,
+    "embedding_dropout": 0.3,
+    "context_dropout": 0.3,
+    "output_dropout": 0.3,
+    "projection": True,
+    "pointer_heads": 3,
+    "pointer_dim": 4,
+    "pointer_window": 7,
+}
+
+
+def shaken(module):
+    """Every parameter away from the zeros and ones that it starts with."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return module.eval()
+
+
+def made_output(window=7, **changed):
+    recipe = Recipe(**{**ALL, "pointer_window": window, **changed})
+    return shaken(Output(V, D, C, recipe))
+
+
+@settings(deadline=None, max_examples=40)
+@given(T=st.integers(1, 23), S=st.integers(0, 20), window=st.integers(1, 12), block=st.integers(1, 9), data=st.data())
+def test_the_mixture_equals_its_formula_at_every_position(T, S, window, block, data):
+    """Whatever the blocks, however much history there is, and also where the text begins inside it."""
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    missing = data.draw(st.integers(0, S))
+    output, table = made_output(window), torch.randn(V, D)
+    hidden, contexts, tokens = torch.randn(1, T, D), torch.randn(1, S + T, C), torch.randint(0, V, (1, S + T))
+    first = torch.tensor([missing]) if missing else None
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(pointer_module, "BLOCK", block)
+        fast = torch.cat([p for _, p in output.probabilities(hidden, table, contexts, tokens, first)], dim=1)[0]
+        text, ids = contexts[0, missing:], tokens[0, missing:]
+        slow = [
+            oracles.pointer_probabilities(output, hidden[0, t], table, text, ids, S + t - missing) for t in range(T)
+        ]
+    torch.testing.assert_close(fast, torch.stack(slow), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(fast.sum(dim=1), torch.ones(T))
+
+
+@pytest.mark.parametrize("heads", [0, 2])
+@pytest.mark.parametrize("some", [False, True])
+def test_the_loss_is_that_of_the_probabilities(heads, some):
+    torch.manual_seed(0)
+    B, T, S = 2, 9, 5
+    output, table = made_output(4, pointer_heads=heads), torch.randn(V, D)
+    hidden, contexts, tokens = torch.randn(B, T, D), torch.randn(B, S + T, C), torch.randint(0, V, (B, S + T))
+    counted = torch.tensor([0, 3, 4, 11, 17]) if some else None
+    targets = torch.randint(0, V, (5 if some else B * T,))
+    p = torch.cat([p for _, p in output.probabilities(hidden, table, contexts, tokens, None)], dim=1).flatten(0, 1)
+    expected = -(p if counted is None else p[counted]).log().gather(1, targets[:, None])[:, 0]
+    total, nll = output.loss(hidden, table, contexts, tokens, targets, counted, None)
+    torch.testing.assert_close(nll, expected.detach())
+    torch.testing.assert_close(total, expected.sum())
+
+
+def test_every_gradient_of_the_mixed_loss_is_that_of_autograd():
+    """In fp64, over more rows than a chunk holds."""
+    torch.manual_seed(1)
+    N = 2100
+    hidden, table, bias = torch.randn(N, 3), torch.randn(V, 3), torch.randn(V)
+    share, pointed, targets = torch.randn(N).sigmoid().log(), torch.rand(N) * 0.3, torch.randint(0, V, (N,))
+    fast = [x.clone().requires_grad_() for x in (hidden, table, bias, share, pointed)]
+    slow = [x.double().requires_grad_() for x in (hidden, table, bias, share, pointed)]
+    total, _ = mixed_cross_entropy(fast[0], fast[1], fast[2], targets, fast[3], fast[4])
+    (0.1 * total).backward()
+    own = F.softmax(slow[0] @ slow[1].T + slow[2], dim=1).gather(1, targets[:, None])[:, 0]
+    expected = -(slow[3].exp() * own + slow[4]).log().sum()
+    (0.1 * expected).backward()
+    torch.testing.assert_close(total.double(), expected.detach(), rtol=1e-5, atol=1e-3)
+    for ours, theirs in zip(fast, slow, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_repeated_text_is_pointed_at():
+    """The start is good enough to find what follows a context seen before."""
+    torch.manual_seed(0)
+    output = Output(50, D, 64, Recipe(pointer_heads=4, pointer_dim=32, pointer_window=40))
+    tokens = torch.randperm(50)[:20].repeat(2)[None]
+    contexts = F.layer_norm(torch.randn(20, 64), (64,)).repeat(2, 1)[None]
+    hidden = torch.zeros(1, 40, D)
+    with torch.no_grad():
+        parts = list(output.probabilities(hidden, torch.zeros(50, D), contexts, tokens, None))
+    p = torch.cat([p for _, p in parts], dim=1)
+    right = p[0, 20:-1].gather(1, tokens[0, 21:, None])
+    assert float(right.min()) > 5 / 50
+
+
+def test_a_trained_table_starts_as_the_frozen_one_and_the_encoder_never_reads_it():
+    model = ContextKVLM(V, D, C, 2, 3, 4, 16, 0.1, recipe=ALL)
+    table = torch.randn(V, D)
+    model.load_frozen(table, model.encoders())
+    model.load_start(torch.arange(V).float())
+    torch.testing.assert_close(model.table, table / table.norm(dim=1).mean())
+    torch.testing.assert_close(model.output.bias.softmax(dim=0), (torch.arange(V) + 0.1) / (66 + 0.1 * V))
+    model.table.data += 1
+    assert not model.embedding.weight.requires_grad
+    torch.testing.assert_close(model.encoder_input(torch.arange(V)), F.layer_norm(table, (D,)))
+    assert not torch.allclose(model.embed(torch.arange(V)), model.encoder_input(torch.arange(V)))
+
+
+@pytest.mark.parametrize("name", ["context_kv", "transformer", "sliding_window", "recurrence"])
+def test_pre_norm_layers_start_as_the_identity_but_for_their_biases(name):
+    model = build_model(name, V, D, C, 2, 3, 4, 16, 0.1, "strided", 5, {"norm": "pre"}).eval()
+    embeddings = torch.randn(1, 9, D)
+    memory = embeddings if model.reads_tokens else torch.randn(1, 9, C)
+    hidden = model(embeddings, memory)
+    if name == "recurrence":
+        hidden = hidden - model.read(memory)
+    else:
+        embeddings = embeddings + model.attention.output.bias
+    torch.testing.assert_close(hidden, embeddings + model.ffn.down.bias)
+
+
+def test_an_empty_recipe_is_the_published_model():
+    names = {key.split(".")[0] for key in ContextKVLM(V, D, C, 2, 3, 4, 16).state_dict()}
+    assert names == {"embedding", "embedding_norm", "encoder", "attention", "ffn"}

@@ -21,8 +21,9 @@ from ctxkv_lightning.datamodule import ContextDataModule
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
 from ctxkv_lightning.run.callbacks import History, announcing
-from ctxkv_lightning.run.checkpoint import RandomState, VerifiedCheckpointIO, read, steps_done
+from ctxkv_lightning.run.checkpoint import RandomState, VerifiedCheckpointIO
 from ctxkv_lightning.run.interruption import Safeguard
+from ctxkv_lightning.run.saved import read, steps_done
 from ctxkv_lightning.run.trainer import FlushLogs, KeptCSVLogger, quiet_lightning
 
 FORBIDDEN = re.compile(r"(class_path|_instantiator|_target_|!!python)")

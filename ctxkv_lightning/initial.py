@@ -11,8 +11,8 @@ from ctxkv_lightning.context.pretrain import save_encoder
 from ctxkv_lightning.datamodule import ContextDataModule
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
-from ctxkv_lightning.run.checkpoint import read
 from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.run.saved import read
 from ctxkv_lightning.store import Store, get_or_build
 
 

@@ -42,7 +42,7 @@ from ctxkv_lightning.metrics import (
 from ctxkv_lightning.report.page import summary_table, write_report
 from ctxkv_lightning.resume import check_changes, check_checkpoints, check_identity
 from ctxkv_lightning.run.callbacks import History, Stages, announcing, log, logging_to
-from ctxkv_lightning.run.checkpoint import RandomState, newest_intact, steps_done
+from ctxkv_lightning.run.checkpoint import RandomState
 from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.run.interruption import Safeguard
 from ctxkv_lightning.run.lease import locked
@@ -53,6 +53,7 @@ from ctxkv_lightning.run.machine import (
     keep_freed_memory,
     resolve_precision,
 )
+from ctxkv_lightning.run.saved import newest_intact, steps_done
 from ctxkv_lightning.run.trainer import make_trainer
 from ctxkv_lightning.store import Store, get_or_build
 from ctxkv_lightning.text.encoding import save_encoding

@@ -14,8 +14,8 @@ from ctxkv_lightning import pipeline
 from ctxkv_lightning.config import TrainConfig
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.run import interruption
-from ctxkv_lightning.run.checkpoint import read
 from ctxkv_lightning.run.interruption import Interrupted
+from ctxkv_lightning.run.saved import read
 from tests.test_pipeline import SMALL
 
 # Small steps, so that an epoch has several; dropout is on.

@@ -20,8 +20,9 @@ from ctxkv_lightning.door import check_command_line
 from ctxkv_lightning.errors import EXIT_CODE, UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
 from ctxkv_lightning.resume import load_config
-from ctxkv_lightning.run.checkpoint import VerifiedCheckpointIO, manifest_of, newest_intact, read
+from ctxkv_lightning.run.checkpoint import VerifiedCheckpointIO
 from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.run.saved import manifest_of, newest_intact, read
 from tests.conftest import ROOT
 from tests.faults.injections import vouch_for
 

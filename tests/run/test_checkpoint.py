@@ -5,16 +5,8 @@ import pytest
 import torch
 
 from ctxkv_lightning.errors import UserError
-from ctxkv_lightning.run.checkpoint import (
-    RandomState,
-    VerifiedCheckpointIO,
-    clear_aside,
-    manifest_of,
-    newest_intact,
-    read,
-    steps_done,
-    verify,
-)
+from ctxkv_lightning.run.checkpoint import RandomState, VerifiedCheckpointIO, clear_aside
+from ctxkv_lightning.run.saved import manifest_of, newest_intact, read, steps_done, verify
 
 io = VerifiedCheckpointIO()
 

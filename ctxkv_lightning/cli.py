@@ -9,23 +9,26 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ctxkv_lightning.datamodule import ContextDataModule
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
 from ctxkv_lightning.run.callbacks import History, announcing
-from ctxkv_lightning.run.checkpoint import RandomState, VerifiedCheckpointIO
+from ctxkv_lightning.run.checkpoint import BestCheckpoint, RandomState, VerifiedCheckpointIO
+from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.run.interruption import Safeguard
 from ctxkv_lightning.run.saved import read, steps_done
 from ctxkv_lightning.run.trainer import FlushLogs, KeptCSVLogger, quiet_lightning
 
+CONFIG = ("--config", "-c")
 FORBIDDEN = re.compile(r"(class_path|_instantiator|_target_|!!python)")
 """What would have a configuration file choose the code that runs."""
 
@@ -38,7 +41,7 @@ class ContextCLI(LightningCLI):
         for name, callback in (
             ("history", History),
             ("early_stopping", EarlyStopping),
-            ("checkpoint", ModelCheckpoint),
+            ("checkpoint", BestCheckpoint),
             ("safeguard", Safeguard),
         ):
             parser.add_lightning_class_args(callback, name)
@@ -62,7 +65,8 @@ def run_lightning(subcommand: str, arguments: Sequence[str]) -> None:
     check_overruled(arguments)
     quiet_lightning()
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are about Lightning 2.6's own calls
-    sys.argv[1:] = [subcommand, *arguments]  # where LightningCLI reads, and where other processes are started from
+    # Where LightningCLI reads, and where other processes are started from.
+    sys.argv[1:] = [subcommand, *at_home(arguments)]
     try:
         with announcing():
             ContextCLI(
@@ -79,7 +83,7 @@ def run_lightning(subcommand: str, arguments: Sequence[str]) -> None:
 
 def check_files(arguments: Sequence[str]) -> None:
     """Raises UserError for a configuration file that cannot be read or that names code."""
-    for value in values_of(arguments, "--config", "-c"):
+    for value in values_of(arguments, *CONFIG):
         try:
             text = Path(value).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -87,6 +91,32 @@ def check_files(arguments: Sequence[str]) -> None:
         found = FORBIDDEN.search(text)
         if found:
             raise UserError(f"{value} names code to run ({found.group()}), which is not taken from a file: remove it")
+
+
+def at_home(arguments: Sequence[str]) -> list[str]:
+    """The arguments; behind each `lightning.yaml` of a run that was moved, the folder that the run is in now."""
+    found: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        found.append(argument)
+        for value in values_of([before, argument] if before in CONFIG else [argument], *CONFIG):
+            found += _moved(RunFolder(Path(value).resolve().parent), Path(value))
+    return found
+
+
+def _moved(run: RunFolder, file: Path) -> list[str]:
+    """The options that name the folder of `run`, if `file` is its own and names another."""
+    if file.name != run.lightning.name or not run.checkpoints.is_dir():
+        return []
+    with suppress(yaml.YAMLError, KeyError, TypeError):  # LightningCLI says what is wrong with the file
+        stated = yaml.safe_load(file.read_text(encoding="utf-8"))["trainer"]["default_root_dir"]
+        if Path(stated).resolve() != run.path:
+            return [
+                f"--trainer.default_root_dir={run.path}",
+                f"--checkpoint.dirpath={run.checkpoints}",
+                f"--safeguard.checkpoint={run.last_checkpoint}",
+                f"--csv.folder={run.path}",
+            ]
+    return []
 
 
 def check_overruled(arguments: Sequence[str]) -> None:

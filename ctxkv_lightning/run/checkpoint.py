@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from ctxkv_lightning.errors import UserError
@@ -50,6 +51,26 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             raise UserError(f"{path} is no checkpoint of this run and is not removed: do not resume from this one")
         for file in (path, manifest_of(path)):
             file.unlink(missing_ok=True)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's, which forgets the best score of a run whose folder has been moved: a worse one would replace it."""
+
+    @property
+    def state_key(self) -> str:
+        """That of Lightning's, under which checkpoints have it."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        here = {
+            "dirpath": self.dirpath,
+            "best_k_models": {self._here(path): score for path, score in state_dict["best_k_models"].items()},
+            **{name: self._here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path")},
+        }
+        super().load_state_dict({**state_dict, **here})
+
+    def _here(self, path: str) -> str:
+        return os.path.join(str(self.dirpath), os.path.basename(path)) if path else path
 
 
 def clear_aside(folder: Path) -> None:

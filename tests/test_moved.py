@@ -98,16 +98,17 @@ def test_lightning_cli_writes_where_the_run_is_now(stopped, tmp_path):  # noqa: 
     assert old.read_text() == "not here any more"
 
 
-def test_only_a_run_that_was_moved_is_told_where_it_is(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
+def test_a_runs_own_file_means_its_own_folder(tmp_path):
     file = tmp_path / "lightning.yaml"
-    for content, told in ((str(tmp_path), 0), ("/elsewhere", 4), ("[]", 0)):
-        file.write_text(f"trainer: {{default_root_dir: {content}}}\n")
-        for words in (["-c", str(file)], ["--config", str(file)], [f"--config={file}"]):
-            found = at_home([*words, "--trainer.max_epochs", "3"])
-            assert len(found) == len(words) + told + 2
-            assert found[: len(words)] == words, "an option that follows has the last word"
-            assert found[-2:] == ["--trainer.max_epochs", "3"]
+    file.write_text("{}")
+    assert at_home(["-c", str(file)]) == ["-c", str(file)]
+    (tmp_path / "checkpoints").mkdir()
+    for words in (["-c", str(file)], ["--config", str(file)], [f"--config={file}"]):
+        found = at_home([*words, "--trainer.max_epochs", "3"])
+        assert found[: len(words)] == words, "what follows the file has the last word"
+        assert f"--checkpoint.dirpath={tmp_path / 'checkpoints'}" in found
+        assert len(found) == len(words) + 4 + 2
+        assert found[-2:] == ["--trainer.max_epochs", "3"]
     shutil.copy(file, tmp_path / "mine.yaml")
     assert at_home(["-c", str(tmp_path / "mine.yaml")]) == ["-c", str(tmp_path / "mine.yaml")]
 

@@ -30,6 +30,8 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Raises UserError when the disk refuses, or gives back other bytes than it was given."""
         path = Path(path)
+        if path.suffix != SUFFIX:  # a file from elsewhere may say where: it shall not replace what is no checkpoint
+            raise UserError(f"{path} is no name for a checkpoint, which ends in {SUFFIX}: it is not written")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _replace(path, checkpoint)

@@ -14,14 +14,13 @@ from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ctxkv_lightning.datamodule import ContextDataModule
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
 from ctxkv_lightning.run.callbacks import History, announcing
-from ctxkv_lightning.run.checkpoint import BestCheckpoint, RandomState, VerifiedCheckpointIO
+from ctxkv_lightning.run.checkpoint import BestCheckpoint, Patience, RandomState, VerifiedCheckpointIO
 from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.run.interruption import Safeguard
 from ctxkv_lightning.run.saved import read, steps_done
@@ -45,7 +44,7 @@ class ContextCLI(LightningCLI):
         """Gives the callbacks their sections in the file."""
         for name, callback in (
             ("history", History),
-            ("early_stopping", EarlyStopping),
+            ("early_stopping", Patience),
             ("checkpoint", BestCheckpoint),
             ("safeguard", Safeguard),
         ):

@@ -42,7 +42,7 @@ from ctxkv_lightning.metrics import (
 from ctxkv_lightning.report.page import summary_table, write_report
 from ctxkv_lightning.resume import check_changes, check_checkpoints, check_identity
 from ctxkv_lightning.run.callbacks import History, Stages, announcing, log, logging_to
-from ctxkv_lightning.run.checkpoint import BestCheckpoint, RandomState
+from ctxkv_lightning.run.checkpoint import BestCheckpoint, Patience, RandomState
 from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.run.interruption import Safeguard
 from ctxkv_lightning.run.lease import locked
@@ -205,7 +205,7 @@ def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: i
     if config.init_from is not None:
         load_weights(module, config.init_from, data)
     settings = callback_settings(config, run, data)
-    history, patience = History(**settings["history"]), EarlyStopping(**settings["early_stopping"])
+    history, patience = History(**settings["history"]), Patience(**settings["early_stopping"])
     best, safeguard = BestCheckpoint(**settings["checkpoint"]), Safeguard(**settings["safeguard"])
     data.setup("fit")
     steps = len(data.train_dataloader())

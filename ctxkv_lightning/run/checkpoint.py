@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
 from ctxkv_lightning.errors import UserError
@@ -73,6 +73,18 @@ class BestCheckpoint(ModelCheckpoint):
 
     def _here(self, path: str) -> str:
         return os.path.join(str(self.dirpath), os.path.basename(path)) if path else path
+
+
+class Patience(EarlyStopping):
+    """Lightning's, which takes its patience from the checkpoint and so overrules, silently, one that was changed."""
+
+    @property
+    def state_key(self) -> str:
+        """That of Lightning's, under which checkpoints have it."""
+        return super().state_key.replace(type(self).__qualname__, EarlyStopping.__qualname__, 1)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})
 
 
 def clear_aside(folder: Path) -> None:

@@ -3,10 +3,10 @@ import os
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from ctxkv_lightning.errors import UserError
-from ctxkv_lightning.run.checkpoint import BestCheckpoint, RandomState, VerifiedCheckpointIO, clear_aside
+from ctxkv_lightning.run.checkpoint import BestCheckpoint, Patience, RandomState, VerifiedCheckpointIO, clear_aside
 from ctxkv_lightning.run.saved import manifest_of, newest_intact, read, steps_done, verify
 
 io = VerifiedCheckpointIO()
@@ -151,3 +151,11 @@ def test_the_best_of_a_moved_run_is_remembered_and_is_in_the_new_place():
     untouched.load_state_dict(BestCheckpoint("/old", monitor="x").state_dict())
     assert (untouched.best_model_path, untouched.best_k_models) == ("", {})
     assert new.state_key == ModelCheckpoint("/new", monitor="x").state_key
+
+
+def test_a_changed_patience_is_not_overruled_by_the_checkpoint():
+    old, new = Patience("x", patience=1), Patience("x", patience=9)
+    old.wait_count, old.best_score = 1, torch.tensor(2.0)
+    new.load_state_dict(old.state_dict())
+    assert (new.patience, new.wait_count, new.best_score) == (9, 1, 2)
+    assert new.state_key == EarlyStopping("x").state_key

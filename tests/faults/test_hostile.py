@@ -6,7 +6,6 @@ import pickle
 import subprocess
 import sys
 import warnings
-from argparse import ArgumentError
 from pathlib import Path
 
 import lightning as L
@@ -14,11 +13,9 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.demos.boring_classes import BoringModel
 from omegaconf import OmegaConf
 
-from ctxkv_lightning.cli import run_lightning
 from ctxkv_lightning.door import check_command_line, read_command_line
 from ctxkv_lightning.errors import EXIT_CODE, UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
@@ -308,47 +305,6 @@ def test_what_the_user_types_or_what_is_harmless_is_taken(tmp_path, monkeypatch)
     assert (asked.launcher.partition, asked.launcher.additional_parameters) == ("gpu", {"mail-user": "me"})
     assert asked.job.env_set == {"OMP_NUM_THREADS": "2"}
     assert read_command_line(words).named_folder == "outputs/mine"
-
-
-LIGHTNING = {
-    "class path": "trainer: {callbacks: [{class_path: evil.Boom}]}",
-    "class path, disguised": 'trainer: {callbacks: [{"\\x63lass_path": evil.Boom}]}',
-    "class path in any part": "model: {interval: {class_path: evil.Boom}}",
-    "callback by its name": "trainer: {callbacks: evil.Boom}",
-    "callbacks by their names": "trainer: {callbacks: [evil.Boom]}",
-    "one more callback": "trainer: {callbacks+: evil.Boom}",
-    "logger": "trainer: {logger: evil.Boom}",
-    "plugin": "trainer: {plugins: [evil.Boom]}",
-    "profiler": "trainer: {profiler: evil.Boom}",
-    "dotted": "trainer.callbacks: evil.Boom",
-    "another file": "trainer: other.yaml",
-    "another file behind": "config: other.yaml",
-    "python object": "seed_everything: !!python/object/apply:evil.boom []",
-    "no mapping": "- evil.Boom",
-}
-
-
-@pytest.mark.parametrize("name", LIGHTNING)
-def test_a_file_for_lightning_cli_names_no_code(tmp_path, canary, name):
-    (tmp_path / "lightning.yaml").write_text(LIGHTNING[name])
-    (tmp_path / "other.yaml").write_text("callbacks: evil.Boom")
-    with pytest.raises(UserError, match=r"names code to run|cannot be read") as error:
-        run_lightning("validate", ["--config", str(tmp_path / "lightning.yaml")])
-    assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="takes no file"):
-        run_lightning("validate", [f"--trainer={tmp_path / 'other.yaml'}"])
-
-
-def test_a_name_in_a_trainers_settings_is_code_where_nobody_takes_care(tmp_path, monkeypatch):
-    """The canary of the test above does sing."""
-    (tmp_path / "evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'sang')!r}).touch()")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(L.Trainer, "trainer")
-    with pytest.raises(ArgumentError):
-        parser.parse_object({"trainer": {"callbacks": "evil.Boom"}})
-    assert (tmp_path / "sang").exists()
-    del sys.modules["evil"]
 
 
 def test_what_is_no_checkpoint_is_not_replaced_by_one(tmp_path):

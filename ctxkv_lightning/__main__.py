@@ -5,6 +5,7 @@ and returns what runs it. Whatever is slow to import is imported there, so that 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -191,6 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         options.rest = rest
         options.handler(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be flushed goes nowhere
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODE

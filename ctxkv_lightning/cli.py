@@ -8,25 +8,33 @@ import os
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ctxkv_lightning.datamodule import ContextDataModule
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
 from ctxkv_lightning.run.callbacks import History, announcing
-from ctxkv_lightning.run.checkpoint import RandomState, VerifiedCheckpointIO, read, steps_done
+from ctxkv_lightning.run.checkpoint import BestCheckpoint, Patience, RandomState, VerifiedCheckpointIO
+from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.run.interruption import Safeguard
+from ctxkv_lightning.run.saved import read, steps_done
 from ctxkv_lightning.run.trainer import FlushLogs, KeptCSVLogger, quiet_lightning
 
-FORBIDDEN = re.compile(r"(class_path|_instantiator|_target_|!!python)")
-"""What would have a configuration file choose the code that runs."""
+CONFIG = ("--config", "-c")
+SECTIONS = ("trainer", "model", "data", "history", "early_stopping", "checkpoint", "safeguard", "csv")
+"""The parts of the file; each is a mapping, for a text would be the name of another file."""
+
+FORBIDDEN = re.compile(r"class_path|_instantiator|_target_|__path__")
+"""Keys by which a configuration file would choose the code that runs."""
+
+OBJECTS = ("callbacks", "logger", "plugins", "profiler")
+"""What a Trainer takes as objects: a text there is the name of a class to import."""
 
 
 class ContextCLI(LightningCLI):
@@ -36,8 +44,8 @@ class ContextCLI(LightningCLI):
         """Gives the callbacks their sections in the file."""
         for name, callback in (
             ("history", History),
-            ("early_stopping", EarlyStopping),
-            ("checkpoint", ModelCheckpoint),
+            ("early_stopping", Patience),
+            ("checkpoint", BestCheckpoint),
             ("safeguard", Safeguard),
         ):
             parser.add_lightning_class_args(callback, name)
@@ -61,7 +69,8 @@ def run_lightning(subcommand: str, arguments: Sequence[str]) -> None:
     check_overruled(arguments)
     quiet_lightning()
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are about Lightning 2.6's own calls
-    sys.argv[1:] = [subcommand, *arguments]  # where LightningCLI reads, and where other processes are started from
+    # Where LightningCLI reads, and where other processes are started from.
+    sys.argv[1:] = [subcommand, *at_home(arguments)]
     try:
         with announcing():
             ContextCLI(
@@ -78,14 +87,64 @@ def run_lightning(subcommand: str, arguments: Sequence[str]) -> None:
 
 def check_files(arguments: Sequence[str]) -> None:
     """Raises UserError for a configuration file that cannot be read or that names code."""
-    for value in values_of(arguments, "--config", "-c"):
+    for value in values_of(arguments, *CONFIG):
         try:
-            text = Path(value).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--config {value} cannot be read ({error})") from None
-        found = FORBIDDEN.search(text)
-        if found:
-            raise UserError(f"{value} names code to run ({found.group()}), which is not taken from a file: remove it")
+            settings = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            raise UserError(f"--config {value} cannot be read ({' '.join(str(error).split())})") from None
+        named = next(_named_code(settings), None)
+        if named is not None:
+            raise UserError(f"{value} names code to run ({named}), which is not taken from a file: remove it")
+    for section in SECTIONS:
+        if values_of(arguments, f"--{section}"):
+            raise UserError(f"--{section} takes no file: give its options one by one, or a whole file with --config")
+
+
+def _named_code(settings: Any) -> Iterator[str]:
+    """What in the parsed file could be the name of a class, or of another file that has one."""
+    if not isinstance(settings, dict):
+        yield str(settings)[:40]
+        return
+    for section, content in settings.items():
+        if section not in (*SECTIONS, "seed_everything", "ckpt_path"):
+            yield str(section)
+        elif section in SECTIONS and not isinstance(content, dict):
+            yield f"{section}: {content}"
+        elif section == "trainer":
+            yield from (key for key in content if not str(key).isidentifier())
+            yield from (key for key in OBJECTS if content.get(key) not in (None, False, True))
+    yield from (str(key) for key in _keys(settings) if FORBIDDEN.search(str(key)))
+
+
+def _keys(node: Any) -> Iterator[Any]:
+    """The keys of nested mappings, at any depth."""
+    for child in node if isinstance(node, list) else node.values() if isinstance(node, dict) else ():
+        yield from _keys(child)
+    if isinstance(node, dict):
+        yield from node
+
+
+def at_home(arguments: Sequence[str]) -> list[str]:
+    """The arguments; behind a run's own `lightning.yaml`, the folder that the run is in now, whatever the file says."""
+    found: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        found.append(argument)
+        for value in values_of([before, argument] if before in CONFIG else [argument], *CONFIG):
+            found += _folder_of(Path(value))
+    return found
+
+
+def _folder_of(file: Path) -> list[str]:
+    """The options that name the folder of a run, if `file` is its own."""
+    run = RunFolder(file.resolve().parent)
+    if file.name != run.lightning.name or not run.checkpoints.is_dir():
+        return []
+    return [
+        f"--trainer.default_root_dir={run.path}",
+        f"--checkpoint.dirpath={run.checkpoints}",
+        f"--safeguard.checkpoint={run.last_checkpoint}",
+        f"--csv.folder={run.path}",
+    ]
 
 
 def check_overruled(arguments: Sequence[str]) -> None:

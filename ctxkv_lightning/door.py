@@ -25,7 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -40,6 +40,7 @@ from ctxkv_lightning.config import (
     plain_options,
 )
 from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.foreign import check_foreign, check_foreign_folder
 from ctxkv_lightning.run.find import named_run, unfinished_run
 from ctxkv_lightning.run.folder import RunFolder
 
@@ -47,10 +48,6 @@ CONF = Path(__file__).parent.parent / "conf"
 OUTPUTS = Path("outputs")
 EXTRAS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm"}
 """The launchers that are optional, and the extra of this package that brings each."""
-
-CALLBACKS = {"hydra.experimental.callbacks.LogJobReturnCallback"}
-LOGGING = {"logging.StreamHandler", "logging.FileHandler", "logging.Formatter", "ext://sys.stdout", "ext://sys.stderr"}
-"""All that the configuration of Hydra may name for it to import."""
 
 ConfigStore.instance().store(name="schema", node=Config)
 for group, option in plain_options():  # those that need more than a name are files below conf/
@@ -131,6 +128,9 @@ def read_command_line(arguments: list[str]) -> CommandLine:
         if options.cfg or options.info:
             return CommandLine(trials)
         checked = CommandLine(trials, asked, multirun, chosen_later, resumed)
+        if resumed is None:
+            key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
+            check_foreign_folder(checked.folder, key, OUTPUTS, _parse(options.overrides))
         _check_folder(checked)
     return checked
 
@@ -206,7 +206,7 @@ def _compose_hydra(options: Namespace) -> tuple[DictConfig, bool]:
     HydraConfig.instance().set_config(composed)  # folders may be named with ${hydra:...}
     asked = composed.hydra
     multirun = options.multirun or asked.mode == RunMode.MULTIRUN
-    _check_foreign_code(asked)
+    check_foreign(asked, overrides)
     if multirun and asked.sweep.subdir != ".":
         raise UserError("hydra.sweep.subdir is not offered: each trial's folder is named by a hash of its options.")
     return asked, multirun
@@ -265,7 +265,11 @@ def _compose_all(words: list[list[str]]) -> list[Trial]:
     for trial in words:
         try:
             with _as_user_errors():
-                trials.append(Trial(trial, from_composed(hydra.compose("config", trial))))
+                composed = hydra.compose("config", trial, return_hydra_config=True)
+                check_foreign(composed.hydra, _parse(trial))  # a launcher gives each trial its own
+                with open_dict(composed):
+                    del composed["hydra"]
+                trials.append(Trial(trial, from_composed(composed)))
         except UserError as error:
             found.append(f"{' '.join(trial)}: {error}" if len(words) > 1 else str(error))
     if found:
@@ -327,27 +331,6 @@ def _as_user_errors() -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return str(error).splitlines()[0].rstrip(".:") if str(error) else type(error).__name__
-
-
-def _check_foreign_code(asked: DictConfig) -> None:
-    """Refuses what Hydra or logging would import and call by its name: a configuration file could smuggle it in."""
-    for name, callback in asked.callbacks.items():
-        # Whole names: one that begins with a package of ours goes on to whatever that package has imported.
-        if not isinstance(callback, DictConfig) or callback.get("_target_") not in CALLBACKS:
-            raise UserError(f"hydra.callbacks.{name} would run foreign code: leave it out.")
-    for section in ("job_logging", "hydra_logging"):
-        for key, value in _leaves(OmegaConf.to_container(asked[section], resolve=False)):
-            if key == "()" or ((key == "class" or "://" in str(value)) and value not in LOGGING):
-                raise UserError(f"hydra.{section} would run foreign code ({key}: {value}): leave it out.")
-
-
-def _leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of a nested configuration, each with its own key."""
-    if isinstance(node, (dict, list)):
-        for key, value in node.items() if isinstance(node, dict) else ((name, value) for value in node):
-            yield from _leaves(value, str(key))
-    else:
-        yield name, node
 
 
 def _check_folder(asked: CommandLine) -> None:

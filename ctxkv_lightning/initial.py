@@ -11,9 +11,11 @@ from ctxkv_lightning.context.pretrain import save_encoder
 from ctxkv_lightning.datamodule import ContextDataModule
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
-from ctxkv_lightning.run.checkpoint import read
 from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.run.saved import read, sha256_of
 from ctxkv_lightning.store import Store, get_or_build
+
+BEST = "best.ckpt"
 
 
 def borrowed_encoder(source: str, cache_dir: str, number: int) -> Store:
@@ -32,7 +34,8 @@ def borrowed_encoder(source: str, cache_dir: str, number: int) -> Store:
         save_encoder(encoder, folder)
         return pretrain["encoders"][number] if "encoders" in pretrain else pretrain
 
-    return get_or_build(cache_dir, "encoder", {"init_from": str(run.path.resolve()), "number": number}, build)
+    key = {"init_from": sha256_of(run.checkpoints / BEST), "number": number}  # a path may be another run tomorrow
+    return get_or_build(cache_dir, "encoder", key, build)
 
 
 def load_weights(module: ContextKVLMModule, source: str, data: ContextDataModule) -> None:
@@ -58,4 +61,4 @@ def load_weights(module: ContextKVLMModule, source: str, data: ContextDataModule
 
 def trained_weights(source: str) -> dict[str, Tensor]:
     """The weights of the best checkpoint of a run; raises UserError where there is none or it is damaged."""
-    return read(RunFolder(Path(source)).checkpoints / "best.ckpt")["state_dict"]
+    return read(RunFolder(Path(source)).checkpoints / BEST)["state_dict"]

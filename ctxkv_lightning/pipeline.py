@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import lightning as L
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping
 from rich.console import Console
 
 from ctxkv_lightning.build import (
@@ -42,7 +42,7 @@ from ctxkv_lightning.metrics import (
 from ctxkv_lightning.report.page import summary_table, write_report
 from ctxkv_lightning.resume import check_changes, check_checkpoints, check_identity
 from ctxkv_lightning.run.callbacks import History, Stages, announcing, log, logging_to
-from ctxkv_lightning.run.checkpoint import RandomState, newest_intact, steps_done
+from ctxkv_lightning.run.checkpoint import BestCheckpoint, Patience, RandomState
 from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.run.interruption import Safeguard
 from ctxkv_lightning.run.lease import locked
@@ -53,6 +53,7 @@ from ctxkv_lightning.run.machine import (
     keep_freed_memory,
     resolve_precision,
 )
+from ctxkv_lightning.run.saved import newest_intact, steps_done
 from ctxkv_lightning.run.trainer import make_trainer
 from ctxkv_lightning.store import Store, get_or_build
 from ctxkv_lightning.text.encoding import save_encoding
@@ -204,8 +205,8 @@ def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: i
     if config.init_from is not None:
         load_weights(module, config.init_from, data)
     settings = callback_settings(config, run, data)
-    history, patience = History(**settings["history"]), EarlyStopping(**settings["early_stopping"])
-    best, safeguard = ModelCheckpoint(**settings["checkpoint"]), Safeguard(**settings["safeguard"])
+    history, patience = History(**settings["history"]), Patience(**settings["early_stopping"])
+    best, safeguard = BestCheckpoint(**settings["checkpoint"]), Safeguard(**settings["safeguard"])
     data.setup("fit")
     steps = len(data.train_dataloader())
     checkpoint = newest_intact(run.checkpoints)[0]

@@ -8,8 +8,9 @@ from ctxkv_lightning.build import Text
 from ctxkv_lightning.config import Config, TrainerConfig, flat, load_config
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.run.callbacks import log
-from ctxkv_lightning.run.checkpoint import VerifiedCheckpointIO, clear_aside, newest_intact, verify
+from ctxkv_lightning.run.checkpoint import VerifiedCheckpointIO, clear_aside
 from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.run.saved import newest_intact, verify
 
 HARMLESS = {
     "resume", "cache_dir", "embeddings", "train.max_epochs", "train.patience", "train.compile",

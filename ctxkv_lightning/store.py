@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from filelock import FileLock
@@ -159,18 +159,20 @@ def create_array(folder: Path, name: str, shape: tuple[int, ...], dtype: Any) ->
     """A new memory-mapped array `name`.npy to be filled by a builder; OSError where the disk has no room for it."""
     file = folder / f"{name}.npy"
     array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
-    reserve(file)
+    with file.open("r+b") as stream:
+        reserve(stream, file.stat().st_size, folder)
     return array
 
 
-def reserve(file: Path) -> None:
-    """Takes the room for all of a sparse file: writing to a mapping of it on a full disk would kill the process."""
-    size = file.stat().st_size
+def reserve(stream: IO[bytes], size: int, folder: Path) -> None:
+    """Takes the room for `size` bytes of a sparse file in `folder`; OSError where the disk has not so much.
+
+    Without it, writing to a mapping of the file on a full disk would kill the process.
+    """
     if hasattr(os, "posix_fallocate"):
-        with file.open("r+b") as stream:
-            os.posix_fallocate(stream.fileno(), 0, size)
-    elif shutil.disk_usage(file.parent).free < size:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        os.posix_fallocate(stream.fileno(), 0, size)
+    elif shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def get_or_build(

@@ -14,8 +14,8 @@ from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.model import ContextKVLM, TiedLM
 from ctxkv_lightning.lm.pretrained import CLASS, CONFIG
 from ctxkv_lightning.lm.rivals import CascadeLM, RecurrenceLM, TransformerLM, build_model
-from ctxkv_lightning.run.checkpoint import read
 from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.run.saved import read
 from ctxkv_lightning.text.encoding import FOLDER, open_encoding
 from ctxkv_lightning.text.tokenizer import encode_documents, fingerprint
 

@@ -9,7 +9,7 @@ import yaml
 from ctxkv_lightning import __main__ as second_door
 from ctxkv_lightning import pipeline
 from ctxkv_lightning.errors import EXIT_CODE
-from ctxkv_lightning.run.checkpoint import read
+from ctxkv_lightning.run.saved import read
 from tests.test_resume import BASE, STEPS, Stop, interrupted, rows, same
 
 

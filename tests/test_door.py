@@ -61,6 +61,8 @@ def here(tmp_path):
         ("intervl=50", "did you mean interval?"),
         ("+x._target_=os.system +x.command=exit", "no key 'x._target_'"),
         ("-m interval=20,30 heads=7", "heads=7 does not divide"),
+        ("-m interval=20,30 trainer.devices=2", "must be 1 in a sweep"),
+        ("-m interval=20,30 resume=last", "a sweep goes on when its command is repeated"),
         ("name=a=b", "cannot be read"),
         ("--cfg job heads=fifty", "give a whole number"),
     ],

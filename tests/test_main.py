@@ -117,3 +117,13 @@ def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(door, "COMMANDS", (stop,))
     assert main(["stop"]) == 130
+
+
+def test_a_reader_that_has_seen_enough_is_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ctxkv_lightning", "cache", "prune", "--cache-dir", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()  # long before it has loaded what it needs to print
+        assert process.stderr.read() == b""
+    assert process.returncode == 0

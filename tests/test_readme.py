@@ -58,3 +58,16 @@ def test_every_source_file_that_is_named_exists():
     for name in ("config.py", "pipeline.py", "store.py", "errors.py", "datamodule.py"):
         assert name in README
         assert (ROOT / "ctxkv_lightning" / name).exists()
+
+
+def test_every_promise_names_tests_that_exist():
+    promises = README.split("## What you can rely on")[1].split("From Python:")[0]
+    rows = [line for line in promises.splitlines() if line.startswith("| ") and "Promise" not in line]
+    assert len(rows) >= 9
+    for row in rows:
+        paths = re.findall(r"\[(tests/[^]]+)\]\(([^)]+)\)", row)
+        assert paths, row
+        for name, path in paths:
+            assert name == path
+            files = [ROOT / path] if path.endswith(".py") else list((ROOT / path).glob("test_*.py"))
+            assert any(re.search(r"^def test_", file.read_text(), re.MULTILINE) for file in files), path

@@ -14,8 +14,9 @@ from ctxkv_lightning import pipeline
 from ctxkv_lightning.config import TrainConfig
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.run import interruption
-from ctxkv_lightning.run.checkpoint import read
 from ctxkv_lightning.run.interruption import Interrupted
+from ctxkv_lightning.run.saved import read
+from tests.faults.injections import FORK
 from tests.test_pipeline import SMALL
 
 # Small steps, so that an epoch has several; dropout is on.
@@ -141,6 +142,29 @@ def test_a_signal_during_the_last_save_is_not_lost(whole, shared, tmp_path, monk
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 143), (signal.SIGINT, 130)])
+def test_other_signals_save_at_the_next_step_too(shared, tmp_path, monkeypatch, number, code):
+    assert interrupted(shared, tmp_path / "run", Stop("ContextKVLMModule", 2, number), monkeypatch) == code
+    assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 2
+
+
+def test_ctrl_c_twice_quits_at_once(tmp_path):
+    def run():
+        guard = interruption.Safeguard(tmp_path / "last.ckpt")
+        signal.signal(signal.SIGINT, guard._receive)
+        os.kill(os.getpid(), signal.SIGINT)
+        (tmp_path / "still here").touch()
+        os.kill(os.getpid(), signal.SIGINT)
+        (tmp_path / "never reached").touch()
+
+    child = FORK.Process(target=run)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGINT
+    assert [path.name for path in tmp_path.iterdir()] == ["still here"]
+
+
+@pytest.mark.slow
 def test_phase_one_stopped_by_a_signal_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
     config = replace(BASE, cache_dir=str(tmp_path / "cache"))
     assert interrupted(config, tmp_path / "run", Stop("OACDPretrainModule", 2), monkeypatch) == 143
@@ -216,9 +240,11 @@ def test_changed_settings_are_refused_but_for_the_harmless_ones(whole, shared, t
     changed = replace(config, interval=6, train=replace(config.train, lr=0.5))
     with pytest.raises(UserError, match=r"interval: 5 -> 6; train.lr: 0.001 -> 0.5\): .*init_from="):
         pipeline.run_experiment(changed, tmp_path / "run", resume="strict")
-    longer = replace(config, train=replace(config.train, max_epochs=1))
+    longer = replace(config, train=replace(config.train, max_epochs=1, patience=2))
     pipeline.run_experiment(longer, tmp_path / "run", resume="strict")
     assert len(numbers(tmp_path / "run")[0]) == 1
+    states = read(tmp_path / "run" / "checkpoints" / "last.ckpt")["callbacks"]
+    assert [state["patience"] for name, state in states.items() if name.startswith("EarlyStopping")] == [2]
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from ctxkv_lightning.__main__ import main
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.sampling import Sampler
 from ctxkv_lightning.lm.scoring import score_tokens
-from ctxkv_lightning.run.checkpoint import VerifiedCheckpointIO, read
+from ctxkv_lightning.run.checkpoint import VerifiedCheckpointIO
+from ctxkv_lightning.run.saved import read
 from ctxkv_lightning.use import open_trained
 from ctxkv_lightning.write import Writer, read_prompt, show
 from tests.lm.test_generate import parallel_logits
@@ -177,6 +178,20 @@ def test_it_streams_and_ends_quietly_when_its_reader_has_left(run):
         process.stdout.close()
         assert b"Traceback" not in process.stderr.read()
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("command", ["generate", "export"])
+def test_what_only_training_needs_is_not_loaded(command, run, tmp_path):
+    """It took three seconds before the first token; torch alone takes one and a half."""
+    words = {"generate": ["--prompt", PROMPT, "--max-tokens", "2"], "export": [str(tmp_path / "export")]}
+    code = (
+        "import sys\nfrom ctxkv_lightning.__main__ import main\n"
+        f"assert main({[command, str(run), *words[command]]!r}) == 0\n"
+        "slow = {'lightning', 'torchmetrics', 'datasets', 'hydra', 'omegaconf', 'matplotlib', 'scipy'}\n"
+        "print('loaded', sorted(slow & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded []"
 
 
 def test_a_run_needs_nothing_but_its_folder(copied, monkeypatch):

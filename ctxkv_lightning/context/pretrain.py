@@ -26,7 +26,7 @@ from ctxkv_lightning.context.oacd import (
     singular_values,
 )
 from ctxkv_lightning.errors import UserError
-from ctxkv_lightning.store import Store
+from ctxkv_lightning.store import Store, reserve
 
 log = logging.getLogger(__name__)
 
@@ -150,11 +150,24 @@ class OACDPretrainModule(L.LightningModule):
 
 
 def scratch(rows: int, columns: int, device: torch.device) -> Tensor:
-    """An uninitialised fp32 tensor; on a CPU and of `FILE_BACKED` bytes or more, one that the system can page out."""
-    if device.type != "cpu" or rows * columns * 4 < FILE_BACKED:
+    """An uninitialised fp32 tensor; on a CPU and of `FILE_BACKED` bytes or more, one that the system can page out.
+
+    Raises UserError where the system's folder for temporary files has no room for all of it.
+    """
+    size = rows * columns * 4
+    if device.type != "cpu" or size < FILE_BACKED:
         return torch.empty(rows, columns, device=device)
-    with tempfile.TemporaryFile() as file:  # the mapping outlives the file's name
-        return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(rows, columns)))
+    try:
+        folder = Path(tempfile.gettempdir())
+        with tempfile.TemporaryFile(dir=folder) as file:  # the mapping outlives the file's name
+            reserve(file, size, folder)
+            return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(rows, columns)))
+    except OSError as error:
+        place = tempfile.tempdir or "a folder for temporary files"
+        raise UserError(
+            f"Phase 1 needs a file of {size:,} bytes in {place} ({error.strerror}): make room there, or set "
+            "TMPDIR to a folder that has it"
+        ) from error
 
 
 def save_encoder(encoder: ContextEncoder, folder: Path) -> None:

@@ -1,11 +1,10 @@
-"""Checkpoints that are whole or not there: how they are written, checked, and found again.
+"""Checkpoints that are whole or not there: how they are written.
 
 Lightning writes through the system's temporary folder and swallows a refusal of the disk; a checkpoint of ours is
 written beside its final name, flushed, renamed, and read back against the SHA-256 that its manifest states.
-What it holds is tensors, numbers, texts, lists and dictionaries: nothing in it is ever imported.
+How it is read stands in `saved.py`.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -15,11 +14,12 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
 from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.run.saved import SUFFIX, manifest_of, read, sha256_of, verify
 
-SUFFIX = ".ckpt"
 ASIDE = ".aside-"
 """Begins the name of a checkpoint that is still being written."""
 
@@ -30,6 +30,8 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Raises UserError when the disk refuses, or gives back other bytes than it was given."""
         path = Path(path)
+        if path.suffix != SUFFIX:  # a file from elsewhere may say where: it shall not replace what is no checkpoint
+            raise UserError(f"{path} is no name for a checkpoint, which ends in {SUFFIX}: it is not written")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _replace(path, checkpoint)
@@ -53,56 +55,36 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             file.unlink(missing_ok=True)
 
 
-def manifest_of(path: Path) -> Path:
-    """Where the manifest of a checkpoint stands."""
-    return path.with_name(path.name + ".json")
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's, which forgets the best score of a run whose folder has been moved: a worse one would replace it."""
+
+    @property
+    def state_key(self) -> str:
+        """That of Lightning's, under which checkpoints have it."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        here = {
+            "dirpath": self.dirpath,
+            "best_k_models": {self._here(path): score for path, score in state_dict["best_k_models"].items()},
+            **{name: self._here(state_dict[name]) for name in ("best_model_path", "kth_best_model_path")},
+        }
+        super().load_state_dict({**state_dict, **here})
+
+    def _here(self, path: str) -> str:
+        return os.path.join(str(self.dirpath), os.path.basename(path)) if path else path
 
 
-def read(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """The content of a checkpoint of ours, verified. Raises UserError when it is missing, damaged or not plain data."""
-    verify(path)
-    try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # torch's reader raises whatever it stumbles over
-        raise UserError(
-            f"{path} holds more than tensors and plain values, or is no checkpoint: it is not read"
-        ) from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("global_step"), int):
-        raise UserError(f"{path} is no checkpoint of a run, it has no global_step: it is not read")
-    return checkpoint
+class Patience(EarlyStopping):
+    """Lightning's, which takes its patience from the checkpoint and so overrules, silently, one that was changed."""
 
+    @property
+    def state_key(self) -> str:
+        """That of Lightning's, under which checkpoints have it."""
+        return super().state_key.replace(type(self).__qualname__, EarlyStopping.__qualname__, 1)
 
-def verify(path: Path) -> None:
-    """Raises UserError unless the file has the size and SHA-256 that its manifest states."""
-    try:
-        stated = [str(digest)[:64] for digest in json.loads(manifest_of(path).read_text(encoding="utf-8"))["sha256"]]
-        found = _sha256(path)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"there is no checkpoint {path}, or no manifest beside it ({error.filename} is missing)"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the checkpoint {path} or its manifest cannot be read ({error})") from None
-    if found not in stated:
-        saved = " or ".join(f"{digest[:12]}…" for digest in stated) or "none"
-        raise UserError(f"the checkpoint {path} is damaged: its SHA-256 is {found[:12]}…, saved was {saved}")
-
-
-def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a folder that is as it was saved, and what is wrong with newer ones."""
-    complaints: list[str] = []
-    for path in sorted(folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        try:
-            verify(path)
-            return path, complaints
-        except UserError as error:
-            complaints.append(str(error))
-    return None, complaints
-
-
-def steps_done(checkpoint: Path | None) -> int:
-    """Optimizer steps that a checkpoint has behind it."""
-    return 0 if checkpoint is None else read(checkpoint)["global_step"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})
 
 
 def clear_aside(folder: Path) -> None:
@@ -119,8 +101,8 @@ def _replace(path: Path, checkpoint: dict[str, Any]) -> None:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        new = _sha256(aside)
-        _write_manifest(path, [new, *([_sha256(path)] if path.exists() else [])])
+        new = sha256_of(aside)
+        _write_manifest(path, [new, *([sha256_of(path)] if path.exists() else [])])
         os.replace(aside, path)
         _sync_folder(path.parent)
         _write_manifest(path, [new])
@@ -158,14 +140,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class RandomState(Callback):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ctxkv_lightning.run.checkpoint import manifest_of
+from ctxkv_lightning.run.saved import manifest_of
 
 FORK = multiprocessing.get_context("fork")
 """Children begin with everything imported: a hundred of them take seconds."""

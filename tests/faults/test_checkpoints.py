@@ -12,15 +12,8 @@ import pytest
 import torch
 
 from ctxkv_lightning.errors import UserError
-from ctxkv_lightning.run.checkpoint import (
-    ASIDE,
-    VerifiedCheckpointIO,
-    clear_aside,
-    manifest_of,
-    newest_intact,
-    read,
-    verify,
-)
+from ctxkv_lightning.run.checkpoint import ASIDE, VerifiedCheckpointIO, clear_aside
+from ctxkv_lightning.run.saved import manifest_of, newest_intact, read, verify
 from tests.faults.injections import NOBODY, common_folder, fill, flip, killed, moments, outcome, tiny_disk, vouch_for
 
 FLOATS = 200_000

@@ -16,12 +16,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from omegaconf import OmegaConf
 
-from ctxkv_lightning.door import check_command_line
+from ctxkv_lightning.door import check_command_line, read_command_line
 from ctxkv_lightning.errors import EXIT_CODE, UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
 from ctxkv_lightning.resume import load_config
-from ctxkv_lightning.run.checkpoint import VerifiedCheckpointIO, manifest_of, newest_intact, read
+from ctxkv_lightning.run.checkpoint import VerifiedCheckpointIO
 from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.run.saved import manifest_of, newest_intact, read
 from tests.conftest import ROOT
 from tests.faults.injections import vouch_for
 
@@ -218,21 +219,99 @@ FILES = {
     "logging class": "hydra:\n  job_logging:\n    root: {handlers: [x]}\n    handlers: {x: {class: evil.boom}}",
     "logging stream": "hydra:\n  hydra_logging:\n    handlers: {x: {class: logging.StreamHandler, stream: 'ext://evil.boom'}}",
     "python object": "interval: !!python/object/apply:evil.boom []",
+    "environment": "hydra: {job: {env_set: {LD_PRELOAD: /tmp/evil.so}}}",
+    "search path": "hydra: {searchpath: ['pkg://evil']}",
+    "hydra's own folder": "hydra: {output_subdir: ../canary}",
+    "hydra's own folder, disguised": "hydra: {output_subdir: '${oc.decode:../canary}'}",
+    "run folder": "hydra: {run: {dir: CANARY}}",
+    "run folder that climbs": "hydra: {run: {dir: outputs/../canary}}",
+    "log file": "hydra:\n  job_logging:\n    root: {handlers: [x]}\n"
+    "    handlers: {x: {class: logging.FileHandler, filename: CANARY}}",
+    "log file by its name": "hydra: {job: {name: ../canary}}",
+    "in the launcher": "hydra: {launcher: {x: {_target_: evil.boom}}}",
+    "in the sweeper": "hydra: {sweeper: {params: {interval: {_target_: evil.boom}}}}",
 }
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_configuration_file_from_elsewhere_names_no_code(tmp_path, canary, name):
+def test_a_configuration_file_from_elsewhere_names_no_code(tmp_path, canary, monkeypatch, name):
     own = tmp_path / "own" / "experiment"
     own.mkdir(parents=True)
-    (own / "mine.yaml").write_text(f"# @package _global_\n{FILES[name]}\n")
+    text = FILES[name].replace("CANARY", str(canary))
+    (own / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
     words = [f"hydra.searchpath=[file://{tmp_path / 'own'}]", "experiment=mine"]
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
         check_command_line(words)
     assert "\n" not in str(error.value)
     done = train(tmp_path, *words)
     assert (done.returncode, done.stdout, done.stderr) == (EXIT_CODE, "", f"error: {error.value}\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["modules", "own"]
+
+
+LAUNCHERS = {
+    "setup": "setup: [touch CANARY]",
+    "by reference": "comment: ${oc.env:PATH}",
+    "parameters": "additional_parameters: {export: 'LD_PRELOAD=CANARY'}",
+    "a line too many": 'comment: "x\\ntouch CANARY"',
+    "in disguise": "additional_parameters: {x: {_target_: evil.boom}}",
+}
+
+
+def foreign(folder, text, launcher=None):
+    """The words that choose an experiment from elsewhere, and with it a launcher from there."""
+    own = folder / "own"
+    (own / "experiment").mkdir(parents=True)
+    (own / "hydra" / "launcher").mkdir(parents=True)
+    if launcher is not None:
+        (own / "hydra" / "launcher" / "theirs.yaml").write_text(launcher)
+        text = f"defaults: [{{override /hydra/launcher: theirs}}]\n{text}"
+    (own / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
+    return [f"hydra.searchpath=[file://{own}]", "experiment=mine"]
+
+
+@pytest.mark.parametrize("base", ["submitit_slurm", "submitit_local", None])
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_launcher_from_elsewhere_runs_no_command(tmp_path, canary, name, base):
+    begin = f"defaults: [{base}]\n" if base else "_target_: hydra._internal.core_plugins.basic_launcher.BasicLauncher\n"
+    words = foreign(tmp_path, "interval: 3", begin + LAUNCHERS[name].replace("CANARY", str(canary)))
+    with pytest.raises(UserError) as error:
+        check_command_line(["-m", *words, "heads=2,4"])
+    told = ("would run foreign code", "could be a command to run", "Key ")  # submitit_local has no such keys
+    assert any(words in str(error.value) for words in told[: 3 if base == "submitit_local" else 2]), error.value
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["environment", "logging factory", "log file", "hydra's own folder"])
+def test_a_file_that_is_one_of_several_values_is_looked_into_too(tmp_path, canary, name):
+    words = foreign(tmp_path, FILES[name].replace("CANARY", str(canary)))
+    (tmp_path / "own" / "experiment" / "other.yaml").write_text("# @package _global_\ninterval: 7\n")
+    with pytest.raises(UserError, match="mine"):
+        check_command_line(["-m", words[0], "experiment=other,mine"])
+
+
+def test_what_the_user_types_or_what_is_harmless_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cluster = "defaults: [submitit_slurm]\npartition: gpu\ntimeout_min: 90\nmem_gb: 32\n"
+    words = foreign(tmp_path, "hydra: {run: {dir: outputs/mine}}", cluster)
+    typed = [
+        "hydra.launcher.setup=[module load cuda]",
+        "+hydra.launcher.additional_parameters={mail-user: me}",
+        "+hydra.job.env_set.OMP_NUM_THREADS='2'",
+        f"hydra.sweep.dir={tmp_path / 'anywhere'}",
+    ]
+    asked = read_command_line(["-m", *words, *typed, "interval=2,3"]).hydra
+    assert asked.launcher.setup == ["module load cuda"]
+    assert (asked.launcher.partition, asked.launcher.additional_parameters) == ("gpu", {"mail-user": "me"})
+    assert asked.job.env_set == {"OMP_NUM_THREADS": "2"}
+    assert read_command_line(words).named_folder == "outputs/mine"
+
+
+def test_what_is_no_checkpoint_is_not_replaced_by_one(tmp_path):
+    (tmp_path / ".profile").write_text("mine")
+    with pytest.raises(UserError, match="is not written"):
+        VerifiedCheckpointIO().save_checkpoint({"global_step": 1}, tmp_path / ".profile")
+    assert (tmp_path / ".profile").read_text() == "mine"
 
 
 def test_the_users_own_word_may_name_any_folder_and_a_name_that_climbs_is_still_claimed(tmp_path):

@@ -3,18 +3,11 @@ import os
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from ctxkv_lightning.errors import UserError
-from ctxkv_lightning.run.checkpoint import (
-    RandomState,
-    VerifiedCheckpointIO,
-    clear_aside,
-    manifest_of,
-    newest_intact,
-    read,
-    steps_done,
-    verify,
-)
+from ctxkv_lightning.run.checkpoint import BestCheckpoint, Patience, RandomState, VerifiedCheckpointIO, clear_aside
+from ctxkv_lightning.run.saved import manifest_of, newest_intact, read, steps_done, verify
 
 io = VerifiedCheckpointIO()
 
@@ -142,3 +135,27 @@ def test_random_numbers_go_on_where_they_stopped(tmp_path):
     assert torch.equal(torch.rand(5), expected)
     again.on_train_batch_start(None, None, None, 1)
     assert not torch.equal(torch.rand(5), expected)
+
+
+def test_the_best_of_a_moved_run_is_remembered_and_is_in_the_new_place():
+    old = BestCheckpoint("/old/run/checkpoints", monitor="x")
+    old.best_model_score = old.kth_value = torch.tensor(3.0)
+    old.best_model_path = old.kth_best_model_path = "/old/run/checkpoints/best.ckpt"
+    old.best_k_models = {old.best_model_path: torch.tensor(3.0)}
+    new = BestCheckpoint("/new/checkpoints", monitor="x")
+    new.load_state_dict(old.state_dict())
+    assert (new.best_model_score, new.kth_value) == (3, 3)
+    assert new.best_model_path == new.kth_best_model_path == "/new/checkpoints/best.ckpt"
+    assert new.best_k_models == {"/new/checkpoints/best.ckpt": 3}
+    untouched = BestCheckpoint("/new/checkpoints", monitor="x")
+    untouched.load_state_dict(BestCheckpoint("/old", monitor="x").state_dict())
+    assert (untouched.best_model_path, untouched.best_k_models) == ("", {})
+    assert new.state_key == ModelCheckpoint("/new", monitor="x").state_key
+
+
+def test_a_changed_patience_is_not_overruled_by_the_checkpoint():
+    old, new = Patience("x", patience=1), Patience("x", patience=9)
+    old.wait_count, old.best_score = 1, torch.tensor(2.0)
+    new.load_state_dict(old.state_dict())
+    assert (new.patience, new.wait_count, new.best_score) == (9, 1, 2)
+    assert new.state_key == EarlyStopping("x").state_key

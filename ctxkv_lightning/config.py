@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.text.mqar import Task
 
 
 def number(
@@ -43,7 +44,7 @@ def choice(*allowed: str) -> Any:
 class DataConfig:
     """Where the text comes from."""
 
-    source: str = choice("pydocs", "text", "jsonl", "hub")
+    source: str = choice("pydocs", "text", "jsonl", "hub", "mqar")
     files: list[str] = field(default_factory=list)
     """Globs of .txt, .md and .jsonl files, for `source: text`; of .jsonl files, for `source: jsonl`."""
     dataset: str = "HuggingFaceH4/ultrachat_200k"
@@ -58,13 +59,16 @@ class DataConfig:
     """What to do with bytes that are not UTF-8, as in `bytes.decode`."""
     heldout_bytes: int = number(100_000, at_least=2)
     """UTF-8 bytes of the validation set and of the test set (about 25,000 tokens each)."""
+    mqar: Task = field(default_factory=Task)
+    """For `source: mqar`: how large a task of multi-query associative recall."""
 
 
 @dataclass
 class TokenizerConfig:
     """How text becomes ids; always a `tiktoken.Encoding`."""
 
-    source: str = choice("bpe", "tiktoken")
+    source: str = choice("bpe", "tiktoken", "symbols")
+    """`symbols`: those of `data=mqar`, a token each."""
     vocab_size: int = number(8192, at_least=257)
     """For `source: bpe`: tokens to learn, the 256 bytes included."""
     name: str = "gpt2"
@@ -242,7 +246,7 @@ class Config:
         if self.data.source not in ("text", "jsonl") and self.data.files:
             reader = "jsonl" if self.data.source == "hub" else "text"
             found.append(f"data.files has no effect with data.source={self.data.source}, choose data={reader}")
-        return [*found, *self._range_problems(), *self._embedding_problems()]
+        return [*found, *self._range_problems(), *self._embedding_problems(), *self._mqar_problems()]
 
     def _range_problems(self) -> list[str]:
         spans = {"data.validation": self.data.validation, "data.test": self.data.test}
@@ -267,6 +271,17 @@ class Config:
             found.append("embedding=gpt2 needs tokenizer=gpt2")
         if self.embedding.source == "gpt2" and self.embedding.dim != 768:
             found.append(f"embedding=gpt2 has embedding.dim=768, not {self.embedding.dim}")
+        return found
+
+    def _mqar_problems(self) -> list[str]:
+        symbols = self.tokenizer.source == "symbols"
+        if self.data.source != "mqar":
+            return ["tokenizer=symbols has the symbols of data=mqar only, choose tokenizer=bpe"] if symbols else []
+        found = [f"data.mqar.{phrase}" for phrase in self.data.mqar.contradictions()]
+        if not symbols or self.embedding.source != "random":
+            found.append("data=mqar has symbols of its own and needs tokenizer=symbols and embedding=random")
+        if self.samples is None:
+            found.append("data=mqar has no end: give samples, the number of training documents")
         return found
 
     def _interval_problems(self) -> list[str]:
@@ -330,9 +345,9 @@ def plain_options() -> Iterator[tuple[str, dict[str, str]]]:
     """Every option of a configuration group that only chooses a name, as group and content."""
     for group, name in (("data", "source"), ("embedding", "source"), ("model", "name"), ("trainer", "accelerator")):
         spec = next(spec for spec in dataclasses.fields(getattr(Config(), group)) if spec.name == name)
-        left_out = ("text", "jsonl", "hub") if group == "data" else ()
+        left_out = ("text", "jsonl", "hub", "mqar") if group == "data" else ()
         yield from ((group, {name: choice}) for choice in spec.metadata["choices"] if choice not in left_out)
-    yield "tokenizer", {"source": "bpe"}
+    yield from (("tokenizer", {"source": source}) for source in ("bpe", "symbols"))
 
 
 def check_key(key: str) -> None:

@@ -42,7 +42,7 @@ def choice(*allowed: str) -> Any:
 
 @dataclass
 class DataConfig:
-    """Where the text comes from."""
+    """Where the text comes from; for `source: mqar`, the size of the recall task."""
 
     source: str = choice("pydocs", "text", "jsonl", "hub", "mqar")
     files: list[str] = field(default_factory=list)
@@ -60,15 +60,13 @@ class DataConfig:
     heldout_bytes: int = number(100_000, at_least=2)
     """UTF-8 bytes of the validation set and of the test set (about 25,000 tokens each)."""
     mqar: Task = field(default_factory=Task)
-    """For `source: mqar`: how large a task of multi-query associative recall."""
 
 
 @dataclass
 class TokenizerConfig:
-    """How text becomes ids; always a `tiktoken.Encoding`."""
+    """How text becomes ids; always a `tiktoken.Encoding`. `symbols`: a token for each symbol of `data=mqar`."""
 
     source: str = choice("bpe", "tiktoken", "symbols")
-    """`symbols`: those of `data=mqar`, a token each."""
     vocab_size: int = number(8192, at_least=257)
     """For `source: bpe`: tokens to learn, the 256 bytes included."""
     name: str = "gpt2"
@@ -274,15 +272,13 @@ class Config:
         return found
 
     def _mqar_problems(self) -> list[str]:
-        symbols = self.tokenizer.source == "symbols"
+        own = (self.tokenizer.source, self.embedding.source) == ("symbols", "random")
         if self.data.source != "mqar":
-            return ["tokenizer=symbols has the symbols of data=mqar only, choose tokenizer=bpe"] if symbols else []
+            alone = self.tokenizer.source == "symbols"
+            return ["tokenizer=symbols has the symbols of data=mqar only, choose tokenizer=bpe"] if alone else []
         found = [f"data.mqar.{phrase}" for phrase in self.data.mqar.contradictions()]
-        if not symbols or self.embedding.source != "random":
-            found.append("data=mqar has symbols of its own and needs tokenizer=symbols and embedding=random")
-        if self.samples is None:
-            found.append("data=mqar has no end: give samples, the number of training documents")
-        return found
+        found += [] if own else ["data=mqar has its own symbols, needs tokenizer=symbols and embedding=random"]
+        return [*found, *(["data=mqar has no end: give samples"] if self.samples is None else [])]
 
     def _interval_problems(self) -> list[str]:
         listed = self.interval if isinstance(self.interval, list) else [self.interval]

@@ -4,7 +4,8 @@ import json
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from ctxkv_lightning.remember.association import mqar_suite
 from ctxkv_lightning.remember.copying import LAGS, TRIALS, copy_suite, edges
 from ctxkv_lightning.remember.passkey import DISTANCES, passkey_suite
 from ctxkv_lightning.remember.passkey import TRIALS as PASSKEY_TRIALS
-from ctxkv_lightning.remember.position import Positions, position_suite
+from ctxkv_lightning.remember.position import TARGETS, Positions, position_suite
 from ctxkv_lightning.remember.recall import Recall
 from ctxkv_lightning.report.recall_figure import write_figures
 from ctxkv_lightning.report.recall_tables import tables
-from ctxkv_lightning.report.runs import as_run
+from ctxkv_lightning.report.runs import Run, as_run
+from ctxkv_lightning.report.words import phrases, short_names
 from ctxkv_lightning.resume import check_identity
 from ctxkv_lightning.run.folder import RunFolder, write_whole
 from ctxkv_lightning.text.corpus import SEPARATOR
@@ -46,6 +48,7 @@ class Asked:
     split: str
     seed: int
     trials: int | None
+    """Of each question; None for what the suite thinks enough."""
     lags: Sequence[int]
 
 
@@ -56,13 +59,14 @@ def run_evaluate(options: Namespace) -> None:
     lags = common_lags(list(configs.values()))
     if options.trials is not None and options.trials < 1:
         raise UserError(f"trials={options.trials} must be at least 1")
-    found = {}
+    names = named({folder: as_run(str(folder), RunFolder(folder).read_metrics()) for folder in configs})
+    shown = {}
     for folder, config in configs.items():
         asked = Asked(suites[folder], options.split, options.seed, options.trials, lags)
-        found[folder] = evaluate_run(folder, config, asked)
-    shown = named(found)
+        shown[names[folder]] = evaluate_run(folder, config, asked)
     console = Console()
-    for table in tables(shown):
+    for title, table in tables(shown):
+        console.print(title, style="bold", soft_wrap=True, highlight=False)
         console.print(table)
     if len({each["tokenizer"] for each in shown.values()}) > 1:
         print("These runs have different tokenizers: each was asked in texts of its own tokens.")
@@ -132,7 +136,7 @@ def ask(
     try:
         match name:
             case "position":
-                return position_suite(model, documents, asked.seed)
+                return position_suite(model, documents, asked.seed, asked.trials or TARGETS)
             case "copy":
                 return copy_suite(model, stream, asked.lags, asked.seed, asked.trials or TRIALS)
             case "passkey":
@@ -146,10 +150,14 @@ def ask(
         raise UserError(f"--suite {name} cannot be asked of this run ({error})") from error
 
 
-def named(found: dict[Path, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The evaluations by the names of their models, with the folder's where two are alike."""
-    models = [each["model"] for each in found.values()]
-    return {
-        each["model"] if models.count(each["model"]) == 1 else f"{each['model']} {folder.name}": each
-        for folder, each in found.items()
-    }
+def named(runs: Mapping[Path, Run]) -> dict[Path, str]:
+    """What to call the runs: by their models, with the settings that tell those of one model apart, else the folder."""
+    names = {}
+    for folder, run in runs.items():
+        alike = [other for other in runs.values() if other.model == run.model]
+        keys = {key for each in alike for key in each.settings} - {"data.files"}  # paths would be long names
+        differing = sorted(key for key in keys if len({str(each.settings.get(key)) for each in alike}) > 1)
+        own = {key: run.settings.get(key) for key in differing}
+        names[folder] = ", ".join([run.model, *([phrases(own, short_names(own))] if own else [])])
+    once = Counter(names.values())
+    return {folder: name if once[name] == 1 else f"{name}, {folder}" for folder, name in names.items()}

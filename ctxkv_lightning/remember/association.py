@@ -21,8 +21,10 @@ def mqar_suite(model: TiedLM, task: Task, stream: Tensor) -> Recall:
     places = answers(task, ids).nonzero()[0] - 1
     octave = np.log2(lags(task, ids)).astype(int)
     found = []
-    for number in np.unique(octave):
+    for number in sorted(set(octave.tolist())):
         own = places[octave == number]
         gains = math.log(task.values) - losses[own]
-        found.append(AtLag(2**number, 2 ** (number + 1) - 1, share(hits[own].astype(float)), None, mean(gains)))
+        found.append(
+            AtLag(2**number, 2 ** (number + 1) - 1, share(hits[own].astype(float).tolist()), None, mean(gains))
+        )
     return Recall(1 / task.values, len(stream), found)

@@ -19,6 +19,7 @@ from ctxkv_lightning.remember.recall import (
     LEAD,
     Answer,
     Recall,
+    answer,
     at_lag,
     fillers,
     likeliest,
@@ -56,12 +57,12 @@ def copy_suite(model: TiedLM, stream: Tensor, lags: Sequence[int], seed: int = 4
         trigger, candidates = drawn_tokens(stream, len(model.embedding.weight), rng)
         filler = without(fillers(stream, length, rng), torch.cat([trigger, candidates]), rng)
         filler[-1] = trigger
-        before = next_losses(model, filler)
-        never.append(likeliest(before[candidates]))
+        before = next_losses(model, filler)[candidates]
+        never.append(likeliest(before))
         for lag in lags:
             losses = next_losses(model, planted(filler, torch.cat([trigger, candidates[:1]]), lag))
-            gain, own = (before - losses)[candidates[0]], losses[candidates[0]]
-            found[lag].append(Answer(likeliest(losses[candidates]), float(gain), 1 + int((losses < own).sum())))
+            rank = 1 + int((losses < losses[candidates[0]]).sum())
+            found[lag].append(answer(losses[candidates], before, rank))
     return Recall(1 / CANDIDATES, length, [at_lag(lag, answers, never) for lag, answers in found.items()])
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ctxkv_lightning.lm.model import TiedLM
-from ctxkv_lightning.remember.recall import LEAD, Answer, Recall, at_lag, fillers, likeliest, losses_of, planted
+from ctxkv_lightning.remember.recall import LEAD, Answer, Recall, answer, at_lag, fillers, likeliest, losses_of, planted
 
 SAID, TAIL, ASKED = "\n\nThe pass key is", ". Remember it.\n\n", "\n\nThe pass key is"
 """What stands before the key, behind it, and at the end of the text."""
@@ -45,17 +45,18 @@ def passkey_suite(
         raise ValueError(f"distances must be at least {len(asked) + len(tail)} tokens, for so many are no filler")
     length = max(distances) + LEAD + len(encode(SAID)) + DIGITS + 1
     found: dict[int, list[Answer]] = {distance: [] for distance in sorted(distances)}
+    never = []
     for number in range(trials):
         rng = np.random.default_rng([seed, number])
         keys = [encode(f" {key}") for key in drawn_keys(rng)]
         said = torch.cat([encode(SAID), keys[0], tail])
         filler = torch.cat([fillers(stream, length - len(asked), rng), asked])
-        before = key_loss(model, filler, keys[0])
+        before = key_losses(model, filler, keys)
+        never.append(likeliest(before))
         for distance in distances:
             text = planted(filler, said, distance - len(tail))
-            losses = torch.tensor([key_loss(model, text, key) for key in keys])
-            found[distance].append(Answer(likeliest(losses), before - float(losses[0])))
-    return Recall(1 / CANDIDATES, length, [at_lag(distance, answers) for distance, answers in found.items()])
+            found[distance].append(answer(key_losses(model, text, keys), before))
+    return Recall(1 / CANDIDATES, length, [at_lag(distance, answers, never) for distance, answers in found.items()])
 
 
 def drawn_keys(rng: np.random.Generator) -> list[int]:
@@ -64,6 +65,7 @@ def drawn_keys(rng: np.random.Generator) -> list[int]:
     return [int(key) for key in low + rng.choice(9 * low, CANDIDATES, replace=False)]
 
 
-def key_loss(model: TiedLM, prompt: Tensor, key: Tensor) -> float:
-    """Nats that the tokens of a key (n,) cost together after a prompt (N,)."""
-    return float(losses_of(model, torch.cat([prompt, key]), given=len(prompt))[0].sum())
+def key_losses(model: TiedLM, prompt: Tensor, keys: Sequence[Tensor]) -> Tensor:
+    """Nats (K,) that the tokens of each key, together, cost after a prompt (N,)."""
+    texts = (torch.cat([prompt, key]) for key in keys)
+    return torch.tensor([losses_of(model, text, given=len(prompt))[0].sum() for text in texts])

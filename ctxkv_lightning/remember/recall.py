@@ -27,9 +27,14 @@ class AtLag:
     recall: Estimate
     """Share of the trials in which the right answer was the likeliest of the candidates."""
     without: Estimate | None
-    """The same where the text never said it: should lie at chance."""
+    """The same where the text never said it, which should lie at chance."""
     gain: Estimate
     """Nats by which having read it makes the answer likelier."""
+    raised: Estimate | None = None
+    """Share of the trials in which having read it made no other candidate as much likelier as the right one.
+
+    It sees a memory that is too weak to overcome what the model holds likely anyhow; chance is the same.
+    """
     rank: float | None = None
     """Median rank of the answer in the whole vocabulary."""
 
@@ -88,18 +93,20 @@ class Answer(NamedTuple):
     """What came of one trial at one lag."""
 
     hit: float
+    raised: float
     gain: float
     rank: int | None = None
 
 
-def at_lag(lag: int, answers: Sequence[Answer], never: Sequence[float] = ()) -> AtLag:
+def answer(losses: Tensor, before: Tensor, rank: int | None = None) -> Answer:
+    """What the losses (K,) of the candidates say, the right one first, beside those `before` it was said."""
+    change = losses - before
+    return Answer(likeliest(losses), likeliest(change), -float(change[0]), rank)
+
+
+def at_lag(lag: int, answers: Sequence[Answer], never: Sequence[float]) -> AtLag:
     """All trials at a lag; `never` has the hits where the answer was never said."""
-    ranks = [answer.rank for answer in answers if answer.rank is not None]
-    return AtLag(
-        lag,
-        lag,
-        share([answer.hit for answer in answers]),
-        share(never) if never else None,
-        mean([answer.gain for answer in answers]),
-        float(np.median(ranks)) if ranks else None,
-    )
+    hits, raised, gains, ranks = zip(*answers, strict=True)
+    known = [rank for rank in ranks if rank is not None]
+    rank = float(np.median(known)) if known else None
+    return AtLag(lag, lag, share(hits), share(never), mean(gains), share(raised), rank)

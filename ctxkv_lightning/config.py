@@ -272,13 +272,14 @@ class Config:
         return found
 
     def _mqar_problems(self) -> list[str]:
-        own = (self.tokenizer.source, self.embedding.source) == ("symbols", "random")
+        symbols, random = self.tokenizer.source == "symbols", self.embedding.source == "random"
         if self.data.source != "mqar":
-            alone = self.tokenizer.source == "symbols"
-            return ["tokenizer=symbols has the symbols of data=mqar only, choose tokenizer=bpe"] if alone else []
-        found = [f"data.mqar.{phrase}" for phrase in self.data.mqar.contradictions()]
-        found += [] if own else ["data=mqar has its own symbols, needs tokenizer=symbols and embedding=random"]
-        return [*found, *(["data=mqar has no end: give samples"] if self.samples is None else [])]
+            return ["tokenizer=symbols has the symbols of data=mqar only, choose tokenizer=bpe"] if symbols else []
+        missing = [] if self.samples else ["data=mqar has no end: give samples"]
+        own = (
+            [] if symbols and random else ["data=mqar has its own symbols: it needs tokenizer=symbols embedding=random"]
+        )
+        return [*(f"data.mqar.{phrase}" for phrase in self.data.mqar.contradictions()), *own, *missing]
 
     def _interval_problems(self) -> list[str]:
         listed = self.interval if isinstance(self.interval, list) else [self.interval]

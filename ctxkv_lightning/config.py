@@ -275,11 +275,9 @@ class Config:
         symbols, random = self.tokenizer.source == "symbols", self.embedding.source == "random"
         if self.data.source != "mqar":
             return ["tokenizer=symbols has the symbols of data=mqar only, choose tokenizer=bpe"] if symbols else []
-        missing = [] if self.samples else ["data=mqar has no end: give samples"]
-        own = (
-            [] if symbols and random else ["data=mqar has its own symbols: it needs tokenizer=symbols embedding=random"]
-        )
-        return [*(f"data.mqar.{phrase}" for phrase in self.data.mqar.contradictions()), *own, *missing]
+        endless = ["data=mqar has no end: give samples"] if self.samples is None else []
+        foreign = [] if symbols and random else ["data=mqar needs tokenizer=symbols embedding=random"]
+        return [*(f"data.mqar.{phrase}" for phrase in self.data.mqar.contradictions()), *foreign, *endless]
 
     def _interval_problems(self) -> list[str]:
         listed = self.interval if isinstance(self.interval, list) else [self.interval]

@@ -59,6 +59,11 @@ def run_evaluate(options: Namespace) -> None:
     lags = common_lags(list(configs.values()))
     if options.trials is not None and options.trials < 1:
         raise UserError(f"trials={options.trials} must be at least 1")
+    output = options.output or options.folders[0]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be made ({error.strerror}): name another folder") from None
     names = named({folder: as_run(str(folder), RunFolder(folder).read_metrics()) for folder in configs})
     shown = {}
     for folder, config in configs.items():
@@ -70,7 +75,7 @@ def run_evaluate(options: Namespace) -> None:
         console.print(table)
     if len({each["tokenizer"] for each in shown.values()}) > 1:
         print("These runs have different tokenizers: each was asked in texts of its own tokens.")
-    for path in write_figures(shown, options.output or options.folders[0]):
+    for path in write_figures(shown, output):
         print(path)
 
 
@@ -101,17 +106,24 @@ def evaluate_run(folder: Path, config: Config, asked: Asked) -> dict[str, Any]:
         "split": asked.split,
         "seed": asked.seed,
     }
-    found: dict[str, Any] = {}
+    before, found = asked_before(folder / EVALUATION), dict[str, Any]()
     for name in asked.suites:
         began = time.perf_counter()
         result = ask(name, trained, config, documents, asked)
         state = {"state_bytes": state_bytes(trained.model, result.tokens)} if isinstance(result, Recall) else {}
         found[name] = {**asdict(result), **state, "split": asked.split, "seed": asked.seed}
         print(f"{folder}: {name} in {time.perf_counter() - began:.1f} s", file=sys.stderr)
-    path = folder / EVALUATION
-    before = json.loads(path.read_text(encoding="utf-8"))["suites"] if path.is_file() else {}
-    write_whole(path, json.dumps({**about, "suites": {**before, **found}}, indent=2, allow_nan=False) + "\n")
+    content = {**about, "suites": {**before, **found}}
+    write_whole(folder / EVALUATION, json.dumps(content, indent=2, allow_nan=False) + "\n")
     return {**about, "suites": found}
+
+
+def asked_before(path: Path) -> dict[str, Any]:
+    """The suites of an evaluation.json, none where there is none; raises UserError for a file that is no such thing."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["suites"]) if path.exists() else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not an evaluation ({error!r}): remove it, and it is written anew") from None
 
 
 def held_out(run: RunFolder, config: Config, trained: TrainedModel, split: str) -> list[Tensor]:

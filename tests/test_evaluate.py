@@ -147,6 +147,8 @@ def test_what_cannot_be_evaluated_is_one_sentence(runs, mqar_run, tmp_path, caps
     changed = shutil.copytree(runs[0], tmp_path / "changed")
     known = json.loads((changed / "data.json").read_text())
     (changed / "data.json").write_text(json.dumps({**known, "text": "0" * 64}))
+    damaged = shutil.copytree(runs[0], tmp_path / "damaged")
+    (damaged / "evaluation.json").write_text("[]")
     for arguments, message in (
         ([str(tmp_path / "nowhere")], "is no run folder"),
         ([str(tmp_path)], "is no run folder"),
@@ -154,6 +156,8 @@ def test_what_cannot_be_evaluated_is_one_sentence(runs, mqar_run, tmp_path, caps
         ([str(changed)], "the text has changed"),
         ([str(runs[0]), "--suite", "mqar"], "does not fit .*data=text: train one by 'python train.py data=mqar'"),
         ([str(mqar_run), str(runs[0]), "--suite", "copy"], "does not fit .*data=mqar: name a run that read text"),
+        ([str(damaged)], "evaluation.json is not an evaluation"),
+        ([str(runs[0]), "--output", str(damaged / "evaluation.json" / "x")], "--output .* cannot be made"),
         ([str(runs[0]), "--trials", "0"], "trials=0 must be at least 1"),
         ([str(runs[0]), "--suite", "paskey"], "invalid choice: 'paskey'"),
     ):

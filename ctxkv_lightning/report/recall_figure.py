@@ -25,7 +25,6 @@ def write_figures(evaluations: Mapping[str, Evaluation], folder: Path) -> list[P
     suites = [suite for suite in ASKED if _asked(evaluations, suite)]
     if not suites:
         return []
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "recall.png", folder / "recall_by_lag.png"]
     with styled():
         for path, draw in zip(paths, (by_state, by_lag), strict=True):

@@ -92,7 +92,7 @@ def test_a_seed_repeats():
 
 @pytest.mark.parametrize("name", ["strided", "sliding_window"])
 def test_an_untrained_model_is_at_chance(name):
-    found = copy_suite(made(name), STREAM, [3], trials=150)
+    found = copy_suite(made(name), STREAM, [3], trials=80)
     (at,) = found.lags
     assert abs(at.recall.value - found.chance) < 4 * at.recall.error
     assert abs(at.without.value - found.chance) < 4 * at.without.error
@@ -153,7 +153,7 @@ def test_keys_differ_and_an_untrained_model_guesses():
     keys = passkey.drawn_keys(np.random.default_rng(0))
     assert len(set(keys)) == CANDIDATES
     assert {len(str(key)) for key in keys} == {5}
-    found = passkey_suite(made("strided"), encode, STREAM, distances=(50,), trials=30)
+    found = passkey_suite(made("strided"), encode, STREAM, distances=(50,), trials=12)
     assert abs(found.lags[0].recall.value - found.chance) < 4 * found.lags[0].recall.error
     with pytest.raises(ValueError, match="at least 33 tokens"):
         passkey_suite(made("strided"), encode, STREAM, distances=(32,))

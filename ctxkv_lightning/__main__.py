@@ -158,6 +158,24 @@ def export(parser: argparse.ArgumentParser) -> Handler:
     return run
 
 
+def evaluate(parser: argparse.ArgumentParser) -> Handler:
+    """Measure what runs remember: PPL by position and history, copying, passkeys, associative recall."""
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="a finished run; several are compared")
+    suites = ("position", "copy", "passkey", "mqar")
+    parser.add_argument("--suite", nargs="+", choices=suites, help="what to ask (default: all that fits the run)")
+    parser.add_argument("--split", choices=("validation", "test"), default="validation", help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="of what is drawn (default: %(default)s)")
+    parser.add_argument("--trials", type=int, metavar="N", help="texts at each lag (default: 50, passkey 20)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where figures go (default: the first RUN)")
+
+    def run(options: argparse.Namespace) -> None:
+        from ctxkv_lightning.evaluate import run_evaluate
+
+        run_evaluate(options)
+
+    return run
+
+
 COMMANDS: tuple[Callable[[argparse.ArgumentParser], Handler], ...] = (
     fit,
     validate,
@@ -168,6 +186,7 @@ COMMANDS: tuple[Callable[[argparse.ArgumentParser], Handler], ...] = (
     doctor,
     generate,
     export,
+    evaluate,
 )
 
 

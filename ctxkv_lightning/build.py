@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ctxkv_lightning.config import Config, RecipeConfig
-from ctxkv_lightning.datamodule import SPLITS, WINDOW, ContextDataModule
+from ctxkv_lightning.datamodule import COUNTED, SPLITS, WINDOW, ContextDataModule, counted_tokens
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
 from ctxkv_lightning.run.callbacks import log
 from ctxkv_lightning.store import Store, create_array, get_or_build
-from ctxkv_lightning.text import conversations, embedding, ngram, tokenizer
+from ctxkv_lightning.text import conversations, embedding, mqar, ngram, tokenizer
 from ctxkv_lightning.text.corpus import SEPARATOR, Corpus, Document, read_pydocs, split
 from ctxkv_lightning.text.files import read_files
 
@@ -54,11 +54,16 @@ def prepare_text(config: Config) -> Text:
     digests = {name: digest_of(part) for name, part in chosen.items()}
     between = {**dict.fromkeys(chosen, SEPARATOR), "train": corpus.train_separator}
     key = {"documents": digests, "between": between, "encoding": tokenizer.fingerprint(encoding)}
+    task = config.data.mqar if config.data.source == "mqar" else None
+    if task is not None:
+        key["counted"] = {"mqar": asdict(task)}
 
     def build(folder: Path) -> None:
         for name, part in chosen.items():
             ids = tokenizer.encode_documents(encoding, [document.text for document in part], between[name])
             create_array(folder, name, ids.shape, np.int32)[:] = ids
+            if task is not None:
+                create_array(folder, COUNTED.format(name), ids.shape, np.bool_)[:] = mqar.answers(task, ids)
 
     tokens = get_or_build(config.cache_dir, "tokens", key, build)
     sizes = {name: len(tokens.array(name)) for name in SPLITS}
@@ -82,6 +87,9 @@ def read_corpus(config: Config) -> Corpus:
             return split(read_pydocs(), data.heldout_bytes)
         case "text":
             return split(read_files(data.files, data.errors), data.heldout_bytes)
+        case "mqar":
+            assert config.samples is not None
+            return mqar.read_mqar(data.mqar, config.seed, config.samples)
         case "hub":
             return conversations.from_hub(data.dataset, data.split, config.samples, *records, config.cache_dir)
         case _:
@@ -93,6 +101,8 @@ def build_encoding(config: Config, corpus: Corpus) -> Any:
     """The tokenizer; a learnt one sees every training document, so that all `samples` count the same tokens."""
     if config.tokenizer.source == "tiktoken":
         return tokenizer.load_encoding(config.tokenizer.name)
+    if config.tokenizer.source == "symbols":
+        return mqar.symbol_encoding(config.data.mqar)
     key = {"documents": digest_of(corpus.train), "vocab_size": config.tokenizer.vocab_size}
 
     def build(folder: Path) -> None:
@@ -192,7 +202,8 @@ def build_footing(config: Config, text: Text) -> dict[str, float]:
 
     def build(folder: Path) -> dict[str, float]:
         train_ids, validation_ids, test_ids = (text.tokens.array(name).astype(np.int64) for name in SPLITS)
-        return ngram.footing(train_ids, validation_ids, test_ids, text.vocab_size)
+        counted = {name: counted_tokens(text.tokens, name) for name in SPLITS}
+        return ngram.footing(train_ids, validation_ids, test_ids, text.vocab_size, counted=counted)
 
     key = {"tokens": text.tokens.content, "vocab_size": text.vocab_size}
     return get_or_build(config.cache_dir, "footing", key, build).facts

@@ -24,11 +24,10 @@ from ctxkv_lightning.context.solve import solve_contexts
 from ctxkv_lightning.store import Store, create_array, get_or_build
 
 SPLITS = ("train", "validation", "test")
-WINDOW = 1110
-"""Positions in a window: eight make the published step of 8,880."""
+COUNTED = "{}_counted"  # the array of a token store that says which tokens of a split are scored, where not all are
+WINDOW = 1110  # positions in a window: eight make the published step of 8,880
 ROWS_AT_A_TIME = 1 << 16
-LONG_STREAM = 1_000_000
-"""Tokens from which starting more processes pays."""
+LONG_STREAM = 1_000_000  # tokens from which starting more processes pays
 RESIDENT_SHARE = 0.25
 """Part of a device's free memory that one stream may take; the rest is for the model and its step."""
 
@@ -60,10 +59,11 @@ class Stream(NamedTuple):
     embeddings: Tensor  # (V, D) or (N, D)
     rows: Tensor  # (N,)
     contexts: tuple[Tensor, ...]  # (N, C) of each encoder; none where the memory is the embeddings
+    counted: Tensor | None = None  # (N,), which tokens are scored; None when all are. Stays on the CPU, which chooses
 
     def to(self, device: torch.device) -> "Stream":
         tokens, embeddings, rows = (tensor.to(device) for tensor in self[:3])
-        return Stream(tokens, embeddings, rows, tuple(tensor.to(device) for tensor in self.contexts))
+        return Stream(tokens, embeddings, rows, tuple(tensor.to(device) for tensor in self.contexts), self.counted)
 
     def bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self[:3], *self.contexts))
@@ -72,12 +72,13 @@ class Stream(NamedTuple):
 class ContextDataModule(L.LightningDataModule):
     """Batches for Phase 1 (memory contexts, no encoder yet) and Phase 2, from stores given by their folders.
 
-    `tokens` holds the arrays train, validation and test; `embedding` holds `table` (V, D); each of `encoders` the
-    weights of a Phase 1. `memory` says what stands for the `history` positions before a window and its own: the
-    contexts of all encoders, or the embeddings, which need no Phase 1. Windows begin at multiples of
-    `alignment`. `embeddings="table"` stores the normalised table once, `"tokens"` a row per token: the same numbers.
-    `contexts_dtype` is what contexts are stored in; they are solved and read as fp32. `prepare_data` builds what is
-    missing, the contexts of long streams with so many `processes`; `setup` opens it, on the GPU if it fits.
+    `tokens` holds the arrays train, validation and test, and may hold which of their tokens are scored; `embedding`
+    holds `table` (V, D); each of `encoders` the weights of a Phase 1. `memory` says what stands for the `history`
+    positions before a window and its own: the contexts of all encoders, or the embeddings, which need no Phase 1.
+    Windows begin at multiples of `alignment`. `embeddings="table"` stores the normalised table once, `"tokens"` a row
+    per token: the same numbers. `contexts_dtype` is what contexts are stored in; they are solved and read as fp32.
+    `prepare_data` builds what is missing, the contexts of long streams with so many `processes`; `setup` opens it, on
+    the GPU if it fits.
     """
 
     def __init__(
@@ -241,7 +242,9 @@ class ContextDataModule(L.LightningDataModule):
         else:
             embeddings, rows = normalised.array("table"), tokens
         contexts = tuple(self._as_contexts(store.array(split)) for store in self.context_stores())
-        return self._resident(Stream(tokens, torch.from_numpy(embeddings), rows, contexts))
+        counted = counted_tokens(self.token_store, split)
+        scored = None if counted is None else torch.from_numpy(counted)
+        return self._resident(Stream(tokens, torch.from_numpy(embeddings), rows, contexts, scored))
 
     @property
     def _stored_type(self) -> type[np.generic]:
@@ -263,6 +266,12 @@ class ContextDataModule(L.LightningDataModule):
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         seed = self.hparams["seed"] if shuffle else None
         return WindowLoader(self.streams[split], *options, seed=seed, rank=rank, ranks=ranks)
+
+
+def counted_tokens(store: Store, split: str) -> np.ndarray | None:
+    """Which tokens (N,) of a split are scored, as its token store says; None for all."""
+    name = COUNTED.format(split)
+    return store.array(name) if f"{name}.npy" in store.manifest["files"] else None
 
 
 def fits(stream: Stream, free_bytes: int) -> bool:
@@ -301,9 +310,9 @@ class WindowLoader:
 
     All windows have the same length, as even as the stream allows, and begin at multiples of `alignment`. The last
     is moved back to end with the stream, or as soon after it as its alignment allows; what it shares with the one
-    before it, and what lies behind the stream, does not count. With a `seed`, the order of the windows is
-    drawn anew each pass, as a function of (seed, pass). Of each step's windows, rank r of R gets its share;
-    `batch_tokens` is what all of them read.
+    before it, and what lies behind the stream, does not count, nor do tokens that the stream says are not scored.
+    With a `seed`, the order of the windows is drawn anew each pass, as a function of (seed, pass). Of each step's
+    windows, rank r of R gets its share; `batch_tokens` is what all of them read.
     """
 
     def __init__(
@@ -351,8 +360,11 @@ class WindowLoader:
         self._goes_on_at = state["done"] if half_way else 0
 
     def _counted(self, chosen: Tensor) -> int:
-        """Positions that count in these windows."""
-        return int((self.positions - chosen * self.length).clamp_max(self.length).sum())
+        """Positions that count in these windows; 1 for none, so that a loss can be divided by it."""
+        if self.stream.counted is None:
+            return int((self.positions - chosen * self.length).clamp_max(self.length).sum())
+        parts = (self.stream.counted[1:][start : start + self.length] for start in (chosen * self.length).tolist())
+        return max(1, sum(int(part.count_nonzero()) for part in parts))
 
     def batch(self, chosen: Tensor, total: int, stand_in: Tensor) -> Windows:
         """The windows of these numbers (B,); if there are none, `stand_in`, of which nothing counts."""
@@ -362,6 +374,8 @@ class WindowLoader:
         starts = own.clamp_max(self.last_start)
         positions = starts[:, None] + torch.arange(self.length)
         counts = ((positions >= own[:, None]) & (positions < self.positions)).flatten() & (not nothing)
+        if self.stream.counted is not None:
+            counts &= self.stream.counted[(positions + 1).clamp_max(self.positions)].flatten()
         counted = None if bool(counts.all()) else counts.nonzero().flatten()
         device = self.stream.tokens.device
         targets = self.stream.tokens[positions.flatten()[counts].to(device) + 1]

@@ -97,7 +97,10 @@ class CommandLine:
 
 def identity(config: Config) -> str:
     """The name of this experiment's folder in a sweep: a hash of its effective configuration."""
-    return _hash(asdict(config.effective()))
+    settings = asdict(config.effective())
+    if config.data.source != "mqar":  # else folders of sweeps that were begun without this task would not be found
+        del settings["data"]["mqar"]
+    return _hash(settings)
 
 
 def _hash(value: Any) -> str:

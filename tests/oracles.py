@@ -146,19 +146,22 @@ def step_by_step_nll(model, tokens: Tensor) -> Tensor:
 def pointer_probabilities(output, hidden: Tensor, table: Tensor, contexts: Tensor, tokens: Tensor, t: int) -> Tensor:
     """p (V,) after position t of a text with contexts (N, C) and tokens (N,), from its final state: by the formula."""
     pointer, state = output.pointer, output.norm(hidden)
-    own = (table @ output.projection(state) + output.bias).softmax(dim=0)
-    z = pointer.norm(state)
     past = range(max(0, t - pointer.window), t)
     evidence, pointed = [], []
     for h in range(pointer.heads):
-        query = contexts[t] @ pointer.from_context[h] + z @ pointer.from_state[h]
+        query = contexts[t] @ pointer.from_context[h] + pointer.norm(state) @ pointer.from_state[h]
         scores = [query @ (contexts[i] @ pointer.key[h]) - pointer.recency[h] * math.log(t - i) for i in past]
         p = torch.zeros(len(table))
         for i, score in zip(past, scores, strict=True):
             p[tokens[i + 1]] += (score - torch.stack(scores).logsumexp(0)).exp()
         pointed.append(p)
         evidence.append(torch.stack(scores).logsumexp(0).clamp_min(-20) / 10 if scores else torch.tensor(0.0))
+    if pointer.value is not None:
+        embeddings = torch.stack([F.layer_norm(row, row.shape) for row in table])
+        state = state + pointer.value(torch.cat([p @ embeddings for p in pointed]))
+    own = (table @ output.projection(state) + output.bias).softmax(dim=0)
     if not past:
         return own
-    shares = (pointer.gate.weight @ torch.cat([z, torch.stack(evidence)]) + pointer.gate.bias).softmax(dim=0)
+    read = torch.cat([pointer.norm(state), torch.stack(evidence)])
+    shares = (pointer.gate.weight @ read + pointer.gate.bias).softmax(dim=0)
     return shares[0] * own + sum(share * p for share, p in zip(shares[1:], pointed, strict=True))

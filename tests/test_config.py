@@ -10,6 +10,7 @@ from ctxkv_lightning.errors import UserError
 KEYS = """
 interval selection heads max_contexts context_dim samples seed embeddings cache_dir resume init_from
 data.source data.files data.dataset data.split data.validation data.test data.errors data.heldout_bytes
+data.mqar.pairs data.mqar.length data.mqar.keys data.mqar.values data.mqar.heldout
 tokenizer.source tokenizer.vocab_size tokenizer.name
 embedding.source embedding.file embedding.dim embedding.window
 pretrain.max_iterations pretrain.lr pretrain.clip_norm pretrain.batch_tokens pretrain.noise pretrain.centroid_weight
@@ -17,7 +18,7 @@ pretrain.move_threshold pretrain.target_rate pretrain.plateau_rate
 contexts.tolerance contexts.dtype
 model.name model.window_tokens model.dropout model.ffn_dim
 recipe.norm recipe.train_embedding recipe.embedding_dropout recipe.context_dropout recipe.output_dropout
-recipe.projection recipe.pointer_heads recipe.pointer_dim recipe.pointer_window
+recipe.projection recipe.pointer_heads recipe.pointer_dim recipe.pointer_window recipe.pointer_values
 train.lr train.schedule train.warmup_steps train.weight_decay train.batch_tokens train.max_epochs train.compile
 train.patience
 trainer.accelerator trainer.devices trainer.num_nodes trainer.strategy trainer.precision trainer.enable_progress_bar
@@ -80,6 +81,7 @@ def test_every_shipped_configuration_composes(choice):
         "data=text": ["data.files=[a.jsonl]"],
         "data=jsonl": ["data.files=[a.jsonl]"],
         "embedding=gpt2": ["tokenizer=gpt2"],
+        "tokenizer=symbols": ["data=mqar"],
     }
     assert check_command_line([choice, *needed.get(choice, [])])
 
@@ -128,7 +130,17 @@ def test_there_are_at_most_twenty_configuration_files():
         ("model.dropout=1", "model.dropout=1.0 must be below 1"),
         ("trainer.precision=fp8", "must be one of auto, 32-true, bf16-mixed, 16-mixed"),
         ("embeddings=token", "embeddings=token must be one of table, tokens"),
-        ("data=pydoc", r"did you mean pydocs\? The choices are jsonl, pydocs, text"),
+        ("data=pydoc", r"did you mean pydocs\? The choices are jsonl, mqar, pydocs, text"),
+        ("data=mqar tokenizer=gpt2", "needs tokenizer=symbols embedding=random"),
+        ("data=mqar embedding=svd", "needs tokenizer=symbols embedding=random"),
+        ("data=mqar samples=null", "data=mqar has no end: give samples"),
+        ("data=mqar data.mqar.length=30", "data.mqar.length=30 must be even and at least 32"),
+        ("data=mqar data.mqar.length=63", "data.mqar.length=63 must be even"),
+        ("data=mqar data.mqar.keys=7", "data.mqar.keys=7 must be at least 8"),
+        ("data=mqar data.mqar.values=7", "data.mqar.values=7 must be at least 8"),
+        ("data.mqar.keys=20001", "data.mqar.keys=20001 must be at most 20000"),
+        ("data.mqar.pairs=0", "data.mqar.pairs=0 must be at least 1"),
+        ("tokenizer=symbols", "symbols of data=mqar only"),
         ("experiment=quik", r"did you mean quick\?"),
         ("model=null", "model=None does not exist"),
         ("data=text", "data=text needs files"),

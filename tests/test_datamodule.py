@@ -231,3 +231,30 @@ def test_ranks_share_each_step_of_one_process(N, window, batch, ranks, seed):
         assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
         assert {part.total for part in parts} == {whole.total} == {len(whole.targets)}
         assert all(len(part.tokens) for part in parts)  # nobody is without a window: all have to take part
+
+
+@given(
+    positions=st.integers(1, 90),
+    batch_tokens=st.integers(1, 60),
+    alignment=st.sampled_from([1, 4]),
+    ranks=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_of_a_stream_that_is_scored_in_part_exactly_these_tokens_count(positions, batch_tokens, alignment, ranks, seed):
+    """Whatever the windows, a pass has each token that is marked once as a target, and no other."""
+    marked = torch.rand(positions + 1, generator=torch.Generator().manual_seed(seed)) < 0.3
+    tokens = torch.arange(positions + 1)
+    stream = Stream(tokens, torch.randn(positions + 1, D), tokens, (torch.randn(positions + 1, C),), marked)
+    loaders = [
+        WindowLoader(stream, 3, batch_tokens, alignment, seed=seed, rank=rank, ranks=ranks) for rank in range(ranks)
+    ]
+    found = []
+    for batches in zip(*loaders, strict=True):
+        targets = torch.cat([windows.targets for windows in batches])
+        assert {windows.total for windows in batches} == {max(1, len(targets))}
+        for windows in batches:
+            read = windows.tokens.flatten()
+            assert torch.equal(windows.targets, (read if windows.counted is None else read[windows.counted]) + 1)
+        found += targets.tolist()
+    assert sorted(found) == marked[1:].nonzero().flatten().add(1).tolist()

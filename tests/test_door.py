@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ctxkv_lightning.door import check_command_line
+from ctxkv_lightning.config import Config, DataConfig
+from ctxkv_lightning.door import check_command_line, identity
 from ctxkv_lightning.errors import EXIT_CODE, UserError
+from ctxkv_lightning.text.mqar import Task
 
 ROOT = Path(__file__).parent.parent
 
@@ -193,3 +195,10 @@ def test_a_configuration_file_from_elsewhere_can_ask_for_a_sweep(tmp_path, monke
     (own / "mine.yaml").write_text(FOREIGN + sweep)
     configs = check_command_line(["hydra.searchpath=[own]", "experiment=mine"])
     assert [config.interval for config in configs] == [3, 4]
+
+
+def test_the_recall_task_leaves_the_names_of_other_experiments_alone():
+    names = {identity(Config(data=DataConfig(mqar=Task(pairs=pairs)))) for pairs in (4, 8)}
+    assert len(names) == 1
+    tasks = {identity(Config(data=DataConfig(source="mqar", mqar=Task(pairs=pairs)))) for pairs in (4, 8)}
+    assert len(tasks | names) == 3

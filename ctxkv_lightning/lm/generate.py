@@ -168,21 +168,21 @@ class Decoder:
         if output is None:
             return self.model.logits(hidden)
         state = output.norm(hidden[:, None])
-        p = output.own(state, self.model.table)
-        if output.pointer is not None:
-            p = output.mixed(p, self._pointed(output.pointer, state[:, 0], tokens))
-        return p[:, 0].log()
+        if output.pointer is None:
+            return output.own(state, self.model.table)[:, 0].log()
+        return output.mixed(self._pointed(output.pointer, state, tokens), self.model.table)[:, 0].log()
 
     def _pointed(self, pointer: CachePointer, state: Tensor, tokens: Tensor) -> Pointed:
         """What the pointer says after tokens (B,), which are noted as the followers of the position before."""
         rows, position = self.state[self._pointer_ring], self.position
         window = rows.shape[1]
         self.state["followers"][:, (position - 1) % window] = tokens
-        z, asked = pointer.ask(state, self.state["context"])
+        asked = pointer.ask(state[:, 0], self.state["context"])
         back = (position - 1 - torch.arange(window, device=rows.device)).remainder(window) + 1
         exists = (back <= position)[None, None, None]
-        gates, weights = pointer.weigh(z, (asked @ rows[:, None].transpose(-1, -2)).float(), back, exists)
-        return Pointed(slice(0, 1), gates, weights, self.state["followers"].long())
+        scores = (asked @ rows[:, None].transpose(-1, -2)).float()
+        followers = self.state["followers"].long()
+        return pointer.weigh(slice(0, 1), state, scores, back, exists, followers, self.model.table)
 
     def _attend_to_contexts(self, embedding: Tensor) -> Tensor:
         """The heads' outputs (B, H, 1, d) over the rings of contexts.

@@ -28,7 +28,9 @@ class Output(nn.Module):
             nn.init.zeros_(self.projection.weight)
         if recipe.pointer_heads:
             dim, window = recipe.pointer_dim, recipe.pointer_window
-            self.pointer = CachePointer(embedding_dim, context_dim, recipe.pointer_heads, dim, window)
+            self.pointer = CachePointer(
+                embedding_dim, context_dim, recipe.pointer_heads, dim, window, recipe.pointer_values
+            )
 
     def loss(
         self,
@@ -46,12 +48,12 @@ class Output(nn.Module):
         positions `counted` (n,) of the B·T, of all where that is None.
         """
         state = self.norm(hidden)
-        share, mass = state.new_zeros(state.shape[:2], dtype=torch.float32), None
+        share = mass = state.new_zeros(state.shape[:2], dtype=torch.float32)
         if self.pointer is not None:
             places = hidden.shape[:2]
             following = targets if counted is None else targets.new_zeros(places.numel()).scatter(0, counted, targets)
-            share, mass = self._pointed_mass(state, memory, tokens, following.view(places), first)
-        mass = torch.zeros_like(share) if mass is None else mass
+            parts = self.pointer.blocks(state, memory, tokens, first, table)
+            state, share, mass = self._pointed_mass(parts, following.view(places))
         wanted = self.projection(self.dropout(state)).flatten(0, 1)
         flat = [x if counted is None else x[counted] for x in (wanted, share.flatten(), mass.flatten())]
         return mixed_cross_entropy(flat[0], table, self.bias, targets, flat[1], flat[2])
@@ -64,11 +66,12 @@ class Output(nn.Module):
         if self.pointer is None:
             yield slice(0, hidden.shape[1]), self.own(state, table)
             return
-        for part in self.pointer.blocks(state, memory, tokens, first):
-            yield part.rows, self.mixed(self.own(state[:, part.rows], table), part)
+        for part in self.pointer.blocks(state, memory, tokens, first, table):
+            yield part.rows, self.mixed(part, table)
 
-    def mixed(self, own: Tensor, part: Pointed) -> Tensor:
-        """p (B, n, V) of the head's own p and what is pointed at."""
+    def mixed(self, part: Pointed, table: Tensor) -> Tensor:
+        """p (B, n, V) of the head and of what is pointed at."""
+        own = self.own(part.state, table)
         shares = part.gates.exp()
         weights = (shares[..., 1:].transpose(1, 2)[..., None] * part.weights).sum(dim=1)
         followers = part.followers[:, None].expand_as(weights)
@@ -79,15 +82,13 @@ class Output(nn.Module):
         wanted = self.projection(state)
         return torch.softmax((wanted @ table.to(wanted.dtype).T).float() + self.bias, dim=-1)
 
-    def _pointed_mass(
-        self, state: Tensor, memory: Tensor, tokens: Tensor, following: Tensor, first: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """log g_0 and the probability that the pointer gives the token that does follow, both (B, T)."""
-        assert self.pointer is not None
-        shares, masses = [], []
-        for part in self.pointer.blocks(state, memory, tokens, first):
+    def _pointed_mass(self, parts: Iterator[Pointed], following: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """States (B, T, D), log g_0 (B, T), and the probability with which the token that does follow is pointed at."""
+        states, shares, masses = [], [], []
+        for part in parts:
             right = part.followers[:, None] == following[:, part.rows, None]
             mass = (part.weights * right[:, None]).sum(dim=-1).transpose(1, 2)
+            states.append(part.state)
             shares.append(part.gates[..., 0])
             masses.append((part.gates[..., 1:].exp() * mass).sum(dim=-1))
-        return torch.cat(shares, dim=1), torch.cat(masses, dim=1)
+        return torch.cat(states, dim=1), torch.cat(shares, dim=1), torch.cat(masses, dim=1)

@@ -1,11 +1,13 @@
 """A pointer over the contexts that a decoder keeps: what followed a context like this one may follow again.
 
-    p_h(w | t) ∝ Σ_{i<t} exp(q_h · k_{h,i} - ρ_h log(t - i)) [x_{i+1} = w],  q_h = A_h c_t + B_h z_t,  k_{h,i} = K_h c_i
-    p(w | t) = g_0 p_model(w | t) + Σ_h g_h p_h(w | t),   g = softmax(W_g [z_t; log Σ_i exp(…)_h] + b_g)
+    p_h(w | t) ∝ Σ_{i<t} exp(q_h · k_{h,i} - ρ_h log(t - i)) [x_{i+1} = w],  q_h = A_h c_t + B_h z_t, k_{h,i} = K_h c_i
+    p(w | t) = g_0 p_model(w | t) + Σ_h g_h p_h(w | t),   g = softmax(W_g [z'_t; log Σ_i exp(…)_h] + b_g)
 
 z_t is the model's normalised final state, i runs over the last `window` contexts before t. It joins the continuous
-cache of Grave, Joulin & Usunier (2017) with the learned mixture of Merity et al.'s pointer sentinel (2017). In a
-decoder it costs four bytes more for each context kept: the token that followed.
+cache of Grave, Joulin & Usunier (2017) with the learned mixture of Merity et al.'s pointer sentinel (2017). With
+`values`, what is pointed at is also read, as attention reads values: to the final state, which p_model and z' are made
+of, comes Σ_h V_h Σ_w p_h(w | t) LayerNorm(E[w]). In a decoder a pointer costs four bytes more for each context kept:
+the token that followed.
 """
 
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 BLOCK = 370
 """Queries at a time: a block of n reads window + n - 1 keys, of which every query needs `window`."""
@@ -35,14 +38,17 @@ class Pointed(NamedTuple):
 
     rows: slice
     gates: Tensor  # (B, n, P+1), log; the first is the model's own
-    weights: Tensor  # (B, P, n, m), of the keys that the block reads; each head's sum to 1
+    weights: Tensor  # (B, P, n, m), of the keys that the block reads; each head's sum to 1, to 0 where there is no key
     followers: Tensor  # (B, m), the token that followed each key
+    state: Tensor  # (B, n, D), the final states, with what was read
 
 
 class CachePointer(nn.Module):
     """`heads` pointers over the last `window` contexts, and the gates that mix them with the model's own prediction."""
 
-    def __init__(self, embedding_dim: int, context_dim: int, heads: int, dim: int, window: int) -> None:
+    def __init__(
+        self, embedding_dim: int, context_dim: int, heads: int, dim: int, window: int, values: bool = False
+    ) -> None:
         super().__init__()
         self.heads, self.window = heads, window
         sharpness = torch.tensor([SHARPNESS[h % len(SHARPNESS)] for h in range(heads)])
@@ -54,53 +60,72 @@ class CachePointer(nn.Module):
         self.recency = nn.Parameter(torch.zeros(heads))
         self.norm = nn.LayerNorm(embedding_dim)
         self.gate = nn.Linear(embedding_dim + heads, heads + 1)
+        self.value = nn.Linear(heads * embedding_dim, embedding_dim, bias=False) if values else None
+        if self.value is not None:
+            nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
         nn.init.ones_(self.gate.bias[:1])
 
-    def blocks(self, hidden: Tensor, contexts: Tensor, tokens: Tensor, first: Tensor | None) -> Iterator[Pointed]:
+    def blocks(
+        self, hidden: Tensor, contexts: Tensor, tokens: Tensor, first: Tensor | None, table: Tensor
+    ) -> Iterator[Pointed]:
         """Gates and weights, block by block, of queries with final states (B, T, D).
 
         The contexts (B, S+T, C) and tokens (B, S+T) begin with S positions of history; what is before `first[b]`, or
-        not there, is not read.
+        not there, is not read. `table` is E (V, D).
         """
-        T = hidden.shape[1]
-        state, query = self._queries(hidden, contexts[:, contexts.shape[1] - T :])
+        T, window = hidden.shape[1], self.window
+        query = self._queries(hidden, contexts[:, contexts.shape[1] - T :])
         contexts, tokens, first = self._padded(contexts, tokens, first, T)
         for start in range(0, T, BLOCK):
             rows = slice(start, min(T, start + BLOCK))
             n = rows.stop - rows.start
-            keys = torch.einsum("bmc,pcd->bpmd", contexts[:, start : start + self.window + n - 1], self.key)
+            column = torch.arange(window + n - 1, device=hidden.device)
+            distance = torch.arange(n, device=hidden.device)[:, None] + window - column
+            exists = (distance >= 1) & (distance <= window) & (start + column >= first[:, None])[:, None]
+            keys = torch.einsum("bmc,pcd->bpmd", contexts[:, start : start + window + n - 1], self.key)
             scores = (query[:, :, rows] @ keys.transpose(-1, -2)).float()
-            distance = torch.arange(n, device=scores.device)[:, None] + self.window
-            distance = distance - torch.arange(self.window + n - 1, device=scores.device)
-            exists = (distance >= 1) & (distance <= self.window)
-            position = start + torch.arange(self.window + n - 1, device=scores.device)
-            exists = exists & (position >= first[:, None])[:, None]
-            gates, weights = self.weigh(state[:, rows], scores, distance.clamp_min(1), exists[:, None])
-            yield Pointed(rows, gates, weights, tokens[:, start + 1 : start + self.window + n])
+            followers = tokens[:, start + 1 : start + window + n]
+            yield self.weigh(rows, hidden[:, rows], scores, distance.clamp_min(1), exists[:, None], followers, table)
 
-    def weigh(self, state: Tensor, scores: Tensor, distance: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
-        """Gates (B, n, P+1), log, and weights (B, P, n, m) from z (B, n, D), scores (B, P, n, m) and distances."""
-        scores = scores - self.recency[:, None, None] * distance.log()
-        scores = scores.masked_fill(~exists, NEVER)
+    def weigh(
+        self,
+        rows: slice,
+        hidden: Tensor,
+        scores: Tensor,
+        distance: Tensor,
+        exists: Tensor,
+        followers: Tensor,
+        table: Tensor,
+    ) -> Pointed:
+        """What is pointed at from final states (B, n, D), given scores (B, P, n, m) of keys at distances (n, m)."""
+        scores = (scores - self.recency[:, None, None] * distance.log()).masked_fill(~exists, NEVER)
         evidence = scores.logsumexp(dim=-1, keepdim=True)
+        weights = (scores - evidence).exp() * exists
+        hidden = hidden if self.value is None else hidden + self._read(weights, followers, table)
         seen = evidence[..., 0].transpose(1, 2).clamp_min(EVIDENCE_FLOOR) * EVIDENCE_SCALE
-        gates = self.gate(torch.cat([state, seen.to(state.dtype)], dim=-1)).float()
+        gates = self.gate(torch.cat([self.norm(hidden), seen.to(hidden.dtype)], dim=-1)).float()
         nothing = ~exists.any(dim=-1).transpose(1, 2)  # (B, n, 1): then the model speaks alone
         pointing = torch.arange(self.heads + 1, device=gates.device) > 0
-        return gates.masked_fill(nothing & pointing, NEVER).log_softmax(dim=-1), (scores - evidence).exp()
+        gates = gates.masked_fill(nothing & pointing, NEVER).log_softmax(dim=-1)
+        return Pointed(rows, gates, weights, followers, hidden)
 
-    def ask(self, hidden: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """z (B, 1, D), and what is multiplied with contexts themselves to score them, K_hᵀ q_h (B, P, 1, C)."""
-        state, query = self._queries(hidden[:, None], context[:, None])
-        return state, torch.einsum("bpnd,pcd->bpnc", query, self.key)
+    def _read(self, weights: Tensor, followers: Tensor, table: Tensor) -> Tensor:
+        """(B, n, D), what the embeddings of the followers add to the final state."""
+        assert self.value is not None
+        embeddings = F.layer_norm(F.embedding(followers, table), table.shape[1:])[:, None]
+        read = weights.to(embeddings.dtype) @ embeddings
+        return self.value(read.transpose(1, 2).flatten(2))
 
-    def _queries(self, hidden: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor]:
-        """z (B, T, D) and queries (B, P, T, d)."""
-        state = self.norm(hidden)
+    def ask(self, hidden: Tensor, context: Tensor) -> Tensor:
+        """What is multiplied with contexts themselves to score them: K_hᵀ q_h (B, P, 1, C)."""
+        return torch.einsum("bpnd,pcd->bpnc", self._queries(hidden[:, None], context[:, None]), self.key)
+
+    def _queries(self, hidden: Tensor, contexts: Tensor) -> Tensor:
+        """Queries (B, P, T, d)."""
         query = torch.einsum("btc,pcd->bptd", contexts, self.from_context)
-        return state, query + torch.einsum("bte,ped->bptd", state, self.from_state)
+        return query + torch.einsum("bte,ped->bptd", self.norm(hidden), self.from_state)
 
     def _padded(self, contexts: Tensor, tokens: Tensor, first: Tensor | None, T: int) -> tuple[Tensor, Tensor, Tensor]:
         """Contexts and tokens of exactly `window` positions of history, and the first that exists (B,)."""

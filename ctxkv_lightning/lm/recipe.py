@@ -15,7 +15,7 @@ class Recipe:
     `embedding_dropout`, `context_dropout`, `output_dropout`: of normalised embeddings, of contexts, of final states.
     `projection`: logits = E W h + b instead of E h; W starts at zero and b at the training text's unigram.
     `pointer_heads`: heads of a `CachePointer` of `pointer_dim` numbers each over the last `pointer_window` contexts;
-    0 for none.
+    0 for none. `pointer_values`: what is pointed at is also read into the final state.
     """
 
     norm: Norm = "post"
@@ -27,6 +27,7 @@ class Recipe:
     pointer_heads: int = 0
     pointer_dim: int = 64
     pointer_window: int = 620
+    pointer_values: bool = False
 
     @property
     def published(self) -> bool:

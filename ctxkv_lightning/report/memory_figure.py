@@ -53,7 +53,7 @@ def memory(groups: Sequence[Group], title: str, names: Mapping[str, str]) -> Fig
     axes.set(xscale="log", yscale="log", xlabel="KB kept after 10,000 tokens (log)", ylabel="validation PPL (log)")
     axes.margins(x=0.12, y=0.12)
     readable_log(axes, lambda value: f"{value:,.8g}")
-    _kilobyte_ticks(axes)
+    kilobyte_ticks(axes)
     stairs = _draw_front(axes, [points[i] for i in front])
     axes.set_title(f"{title}{len(front)} of {len(groups)} configurations on the Pareto front")
     label_points(axes, _labels(groups, points, front, names), points, stairs)
@@ -99,7 +99,8 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def _kilobyte_ticks(axes: Axes) -> None:
+def kilobyte_ticks(axes: Axes) -> None:
+    """Ticks of a log axis of kilobytes, at round numbers, as many as have room."""
     low, high = axes.get_xlim()
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1,) if math.log10(high / low) > 2.5 else (1, 3) if math.log10(high / low) > 1 else (1, 2, 5)

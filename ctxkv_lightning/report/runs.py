@@ -32,7 +32,7 @@ UNREAD_WITHOUT_POINTER = {
     "transformer": _PHASE_ONE,
     "sliding_window": _PHASE_ONE,
 }
-POINTER = ("recipe.pointer_dim", "recipe.pointer_window")
+POINTER = ("recipe.pointer_dim", "recipe.pointer_window", "recipe.pointer_values")
 """Keys, or groups of them, that a model does not read, the last two where there is no pointer: two runs are not
 different by these. (`config` says the same to the front doors, which this package does not know; a test keeps them
 equal.)"""

@@ -6,6 +6,7 @@ Every distribution sums to 1 over the vocabulary and gives each token a positive
 Letters: `T` tokens of a held-out stream, `V` vocabulary size. Everything is numpy, in float64.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -218,12 +219,19 @@ def perplexity(probabilities: Reals) -> float:
     return float(np.exp(-np.log(probabilities).mean()))
 
 
-def footing(train: Ids, validation: Ids, test: Ids, vocab_size: int, window: int = WINDOW) -> dict[str, float]:
+def footing(
+    train: Ids,
+    validation: Ids,
+    test: Ids,
+    vocab_size: int,
+    window: int = WINDOW,
+    counted: Mapping[str, NDArray[np.bool_] | None] | None = None,
+) -> dict[str, float]:
     """Perplexities of the three counting models on the tokens a neural model is scored on.
 
-    Each held-out stream is scored at its positions 1 … T-1, every token predicted from those before it in
-    the same stream; position 0 is history only. Keys: `unigram_ppl`, `kneser_ney_ppl` and
-    `kneser_ney_cache_ppl` on validation, the same with `test_` before them on test.
+    Each held-out stream is scored at its positions 1 … T-1, or at those of them that `counted` marks under its name,
+    every token predicted from those before it in the same stream; position 0 is history only. Keys: `unigram_ppl`,
+    `kneser_ney_ppl` and `kneser_ney_cache_ppl` on validation, the same with `test_` before them on test.
     `UserError` where a stream has fewer than two tokens.
     """
     streams = {"train": train, "validation": validation, "test": test}
@@ -233,10 +241,13 @@ def footing(train: Ids, validation: Ids, test: Ids, vocab_size: int, window: int
     trigram = KneserNeyTrigram(train, vocab_size)
     mixture = CacheMixture(trigram, validation, window)
     scores = {}
-    for prefix, ids in (("", validation), ("test_", test)):
-        scores[f"{prefix}unigram_ppl"] = perplexity(unigram_probabilities(train, ids, vocab_size)[1:])
-        scores[f"{prefix}kneser_ney_ppl"] = perplexity(trigram.probabilities(ids)[1:])
-        scores[f"{prefix}kneser_ney_cache_ppl"] = perplexity(mixture.probabilities(ids)[1:])
+    for prefix, name in (("", "validation"), ("test_", "test")):
+        ids = streams[name]
+        marked = (counted or {}).get(name)
+        places = slice(None) if marked is None else marked[1:]
+        scores[f"{prefix}unigram_ppl"] = perplexity(unigram_probabilities(train, ids, vocab_size)[1:][places])
+        scores[f"{prefix}kneser_ney_ppl"] = perplexity(trigram.probabilities(ids)[1:][places])
+        scores[f"{prefix}kneser_ney_cache_ppl"] = perplexity(mixture.probabilities(ids)[1:][places])
     return scores
 
 

@@ -22,14 +22,23 @@ MODELS = {
     "recurrence": lambda: RecurrenceLM(V, D, C, 48, 0.1),
     "cascade": lambda: CascadeLM(V, D, C),
     "recipe": lambda: ContextKVLM(V, D, C, H, [1, 3, 3, 8], 4, 48, 0.1, recipe=RECIPE),
-    "recipe_own_ring": lambda: ContextKVLM(V, D, C, H, 5, 4, 48, 0.1, recipe={**RECIPE, "pointer_window": 9}),
+    "recipe_own_ring": lambda: ContextKVLM(
+        V, D, C, H, 5, 4, 48, 0.1, recipe={**RECIPE, "pointer_window": 9, "pointer_values": False}
+    ),
     "recipe_grid": lambda: ContextKVLM(V, D, C, H, 5, 4, 48, 0.1, "grid", {**RECIPE, "norm": "post"}),
     "recipe_transformer": lambda: TransformerLM(V, D, H, 48, 0.1, None, C, RECIPE),
     "recipe_sliding_window": lambda: TransformerLM(V, D, H, 48, 0.1, 7, C, RECIPE),
     "recipe_recurrence": lambda: RecurrenceLM(V, D, C, 48, 0.1, RECIPE),
     "trained_embedding": lambda: TransformerLM(V, D, H, 48, 0.1, 7, C, {"train_embedding": True}),
 }
-RECIPE = {"norm": "pre", "train_embedding": True, "projection": True, "pointer_heads": 2, "pointer_window": 24}
+RECIPE = {
+    "norm": "pre",
+    "train_embedding": True,
+    "projection": True,
+    "pointer_heads": 2,
+    "pointer_window": 24,
+    "pointer_values": True,
+}
 """The pointer's window is also what (M-1) I contexts of the first of these models span."""
 
 
@@ -38,7 +47,7 @@ def made(name, seed=0):
     model = MODELS[name]().eval().requires_grad_(False)
     if model.output is not None:  # it starts with zeros, which would hide mistakes
         for parameter in [*model.output.parameters(), *model.ffn.parameters()]:
-            parameter.add_(0.2 * torch.randn_like(parameter))
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 

@@ -25,6 +25,7 @@ ALL = {
     "pointer_heads": 3,
     "pointer_dim": 4,
     "pointer_window": 7,
+    "pointer_values": True,
 }
 
 

@@ -20,6 +20,7 @@ RECIPE = {
     "pointer_heads": 2,
     "pointer_dim": 4,
     "pointer_window": 6,
+    "pointer_values": True,
 }
 MODELS = ["context_kv", "transformer", "sliding_window", "recurrence"]
 

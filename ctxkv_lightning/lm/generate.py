@@ -87,7 +87,7 @@ class Decoder:
     def kept(self) -> dict[str, Tensor]:
         """The tensors that the state consists of now, by name; what is reserved but not yet filled is left out."""
         if self.grows:
-            return {"kv": self.state["kv"][:, :, : self.position]}
+            return {**self.state, "kv": self.state["kv"][:, :, : self.position]}
         return dict(self.state)
 
     def bytes(self) -> int:

@@ -1,0 +1,122 @@
+"""The recipe from the command line to the written text: runs, resumes bit for bit, exports, writes."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+
+from ctxkv_lightning import pipeline
+from ctxkv_lightning.__main__ import main
+from ctxkv_lightning.config import RecipeConfig, TrainConfig
+from ctxkv_lightning.door import check_command_line
+from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.export import export_run
+from ctxkv_lightning.lm.sampling import Sampler
+from ctxkv_lightning.run.saved import read
+from ctxkv_lightning.use import open_trained
+from ctxkv_lightning.write import Writer
+from tests.small_run import small_run
+from tests.test_resume import BASE, STEPS, Stop, assert_same_run, interrupted, rows, same
+
+RECIPE = RecipeConfig(
+    norm="pre",
+    train_embedding=True,
+    embedding_dropout=0.1,
+    context_dropout=0.1,
+    output_dropout=0.1,
+    projection=True,
+    pointer_heads=2,
+    pointer_dim=8,
+    pointer_window=30,
+    pointer_values=True,
+)
+TRAIN = TrainConfig(batch_tokens=3400, max_epochs=3, patience=9, schedule="linear", warmup_steps=4, lr=0.003)
+MODELS = ["context_kv", "transformer", "sliding_window", "recurrence"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("best")
+
+
+def best(root):
+    return replace(BASE, cache_dir=str(root / "cache"), recipe=RECIPE, train=TRAIN)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_takes_the_recipe_from_the_command_line(model):
+    (config,) = check_command_line(["experiment=best", f"model={model}"])
+    assert config.recipe.pointer_heads
+    assert config.recipe.train_embedding
+    assert "pretrain" not in config.unread  # the pointer reads contexts, whatever the model
+
+
+def test_the_cascade_takes_no_recipe():
+    with pytest.raises(UserError, match="cascade takes no recipe"):
+        check_command_line(["experiment=best", "model=cascade"])
+
+
+def test_what_nothing_reads_makes_no_other_experiment():
+    plain, other = (
+        check_command_line(["model=transformer", *more])[0] for more in ([], ["recipe.pointer_dim=8", "context_dim=64"])
+    )
+    assert plain.effective() == other.effective()
+    pointed = ["model=transformer", "recipe.pointer_heads=2"]
+    a, b = (check_command_line([*pointed, *more])[0] for more in ([], ["recipe.pointer_dim=8"]))
+    assert a.effective() != b.effective()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_finished_run_says_what_it_keeps_exports_and_writes(model, tmp_path):
+    run = small_run(tmp_path, model, recipe=RECIPE)
+    metrics = json.loads((run / "metrics.json").read_text())
+    kept = metrics["decode_state"]["tensors"]
+    assert kept["followers"] == [1, 30]
+    assert metrics["contexts"]["seam_error"] <= 1e-5
+    assert metrics["parameters"]["output"] > 0
+    trained = open_trained(run)
+    exported = open_trained(export_run(run, tmp_path / "exported"))
+    texts = [Writer(one, Sampler(seed=1), max_tokens=20).text("Zeile 1") for one in (trained, exported)]
+    assert texts[0] == texts[1]
+    assert texts[0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [STEPS + 3, 2 * STEPS])
+def test_a_stopped_run_resumes_bit_for_bit(root, tmp_path, monkeypatch, at):
+    """The schedule goes on where it was; trained embedding and pointer are as they were."""
+    if not (root / "whole").exists():
+        pipeline.run_experiment(best(root), root / "whole")
+    assert interrupted(best(root), tmp_path / "run", Stop("ContextKVLMModule", at), monkeypatch) == 143
+    pipeline.run_experiment(best(root), tmp_path / "run", resume="strict")
+    assert_same_run(tmp_path / "run", root / "whole")
+    one, other = (read(folder / "checkpoints" / "last.ckpt") for folder in (tmp_path / "run", root / "whole"))
+    assert same(one["lr_schedulers"], other["lr_schedulers"])
+
+
+@pytest.mark.slow
+def test_lightning_cli_resumes_it_too(root, tmp_path, monkeypatch):
+    config = replace(best(root), trainer=replace(BASE.trainer, accelerator="cpu", precision="32-true"))
+    for name in ("ours", "theirs"):
+        interrupted(config, tmp_path / name, Stop("ContextKVLMModule", STEPS + 3), monkeypatch)
+    pipeline.run_experiment(config, tmp_path / "ours", resume="strict")
+    monkeypatch.setattr(sys, "argv", ["python -m ctxkv_lightning"])
+    folder = tmp_path / "theirs"
+    last = folder / "checkpoints" / "last.ckpt"
+    assert main(["fit", "--config", str(folder / "lightning.yaml"), "--ckpt_path", str(last)]) == 0
+    assert rows(tmp_path / "ours", "train") == rows(folder, "train")
+
+
+@pytest.mark.slow
+def test_a_new_run_starts_from_its_weights(root, tmp_path):
+    """Not from the table that a trained embedding starts from otherwise."""
+    if not (root / "whole").exists():
+        pipeline.run_experiment(best(root), root / "whole")
+    first = replace(best(root), init_from=str(root / "whole"), train=replace(TRAIN, max_epochs=1, lr=1e-8))
+    pipeline.run_experiment(first, tmp_path / "next")
+    before, after = (
+        json.loads((folder / "metrics.json").read_text())["result"]["val_ppl"]
+        for folder in (root / "whole", tmp_path / "next")
+    )
+    assert after == pytest.approx(before, rel=1e-3)

@@ -1,0 +1,222 @@
+"""The part of RESULTS.md about `experiment=best`: models with the same extras, every lever alone, and what they say.
+
+A run belongs here by its settings: those of `experiment=best` but for what the tables compare.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ctxkv_lightning.config import flat
+from ctxkv_lightning.door import check_command_line
+
+Run = dict[str, Any]
+
+APART = ("seed", "cache_dir", "resume", "init_from", "trainer.enable_progress_bar")
+"""Keys by which runs of one kind differ."""
+
+LEVERS = {
+    "recipe.pointer_heads": "the pointer",
+    "recipe.pointer_values": "reading what is pointed at",
+    "recipe.train_embedding": "the trained embedding",
+    "recipe.projection": "the projection before the head, and its bias",
+    "recipe.norm": "pre-norm",
+    "recipe.context_dropout": "dropout of contexts",
+    "recipe.embedding_dropout": "dropout of embeddings, states and layers",
+    "interval": "an interval per head",
+    "selection": "a ring of all contexts (not the grid)",
+    "train.batch_tokens": "small steps",
+    "train.schedule": "the falling learning rate",
+}
+"""What is taken away by changing a key, in words."""
+
+Key = tuple[tuple[str, Any], ...]
+
+
+def groups(runs: Sequence[Run]) -> dict[Key, list[Run]]:
+    """The runs of the recipe, by what they change in it: sorted (key, value) pairs, none for the recipe itself."""
+    base = flat(asdict(check_command_line(["experiment=best"])[0]))
+    found: dict[Key, list[Run]] = {}
+    for run in runs:
+        if "recipe" not in run["config"] or run["config"]["embedding"]["dim"] != base["embedding.dim"]:
+            continue
+        own = flat(run["config"])
+        changed = tuple(sorted((key, str(own[key])) for key in base if key not in APART and own.get(key) != base[key]))
+        found.setdefault(changed, []).append(run)
+    return found
+
+
+def of(found: dict[Key, list[Run]], **changed: Any) -> list[Run]:
+    """The runs that change exactly this (dots as double underscores)."""
+    wanted = tuple(sorted((key.replace("__", "."), str(value)) for key, value in changed.items()))
+    return found.get(wanted, [])
+
+
+def mean(runs: Sequence[Run], name: str = "val_ppl") -> float:
+    """Mean of a result over seeds."""
+    return statistics.mean(run["result"][name] for run in runs)
+
+
+def spread(runs: Sequence[Run], name: str = "val_ppl") -> str:
+    """Mean ± sample standard deviation over seeds; the value alone where there is one."""
+    values = [run["result"][name] for run in runs]
+    return f"{mean(runs, name):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def section(runs: Sequence[Run], published: Sequence[Run]) -> list[str]:
+    """The section as Markdown parts; nothing where the recipe was not run. `published` are the published model's."""
+    found = groups(runs)
+    if not of(found):
+        return []
+    parts = ["## The recipe: `experiment=best`", INTRODUCTION, model_table(found)]
+    if lever_rows(found):
+        parts += ["### Every lever alone, seed 42", LEVERS_ARE, lever_table(found)]
+    parts += ["### What the recipe says", numbered(sentences(found, published))]
+    return parts
+
+
+INTRODUCTION = (
+    "The same extras for every model: pre-norm, trained embedding, projection, dropouts, schedule and pointer, with "
+    "the settings that were found for `context_kv` by about thirty short runs of one seed, chosen on the validation set "
+    "alone; the rivals were not tuned further, which favours `context_kv`."
+)
+LEVERS_ARE = "What the validation PPL becomes when one thing is taken out of the recipe and nothing else is changed."
+
+
+def model_table(found: dict[Key, list[Run]]) -> str:
+    """A row per model and number of samples."""
+    rows = []
+    for samples in ("100", "500"):
+        more = {} if samples == "100" else {"samples": samples}
+        for model in ("context_kv", "transformer", "sliding_window", "recurrence"):
+            chosen = of(found, **more, **({} if model == "context_kv" else {"model__name": model}))
+            if chosen:
+                rows.append((mean(chosen), [samples, model, *cells(chosen)]))
+        footing = next((run["footing"] for key, each in found.items() if dict(key) == more for run in each), None)
+        if footing:
+            for name, label in (("kneser_ney", "Kneser-Ney trigram"), ("kneser_ney_cache", "the same + cache")):
+                ppl, test = footing[f"{name}_ppl"], footing[f"test_{name}_ppl"]
+                rows.append((ppl, [samples, label, f"{ppl:.1f}", f"{test:.1f}", "", "", "", ""]))
+    rows.sort(key=lambda row: (row[1][0], row[0]))
+    head = ["samples", "", "val. PPL", "test PPL", "best epoch", "bytes kept", "trained parameters", "seeds"]
+    return markdown(head, [cells for _, cells in rows], left=2)
+
+
+def cells(runs: Sequence[Run]) -> list[str]:
+    first = runs[0]
+    return [
+        spread(runs),
+        spread(runs, "test_ppl"),
+        "/".join(str(run["train"]["best_epoch"]) for run in runs),
+        f"{first['decode_state']['bytes']['10000']:,}",
+        f"{first['parameters']['trainable']:,}",
+        str(len(runs)),
+    ]
+
+
+def lever_rows(found: dict[Key, list[Run]]) -> list[tuple[float, str, list[Run]]]:
+    """Validation PPL without it, its name, and the runs; most harmful first. Of each group, the first seed."""
+    rows = []
+    for key, runs in found.items():
+        changed = [name for name in LEVERS if name in dict(key)]
+        chosen = [run for run in runs if run["config"]["seed"] == 42]
+        if changed and chosen and not {"samples", "model.name"} & set(dict(key)):
+            rows.append((mean(chosen), LEVERS[changed[0]], chosen))
+    return sorted(rows, key=lambda row: -row[0])
+
+
+def lever_table(found: dict[Key, list[Run]]) -> str:
+    """A row for each lever that was taken out, the recipe itself last."""
+    own = [run for run in of(found) if run["config"]["seed"] == 42] or of(found)[:1]
+    base, rows = mean(own), []
+    for ppl, name, runs in lever_rows(found):
+        rows.append([f"without {name}", f"{ppl:.1f}", f"{ppl / base:.3f} ×", *sizes(runs[0])])
+    rows.append(["the recipe", f"{base:.1f}", "1", *sizes(own[0])])
+    return markdown(["", "val. PPL", "against the recipe", "bytes kept", "trained parameters"], rows, left=1)
+
+
+def sizes(run: Run) -> list[str]:
+    return [f"{run['decode_state']['bytes']['10000']:,}", f"{run['parameters']['trainable']:,}"]
+
+
+def sentences(found: dict[Key, list[Run]], published: Sequence[Run]) -> list[str]:
+    """What the tables say, each with the bound that was set beforehand; test PPL where the bound is on it."""
+    best, said = of(found), []
+    footing = best[0]["footing"]
+    test = mean(best, "test_ppl")
+    if published:
+        said.append(
+            f"With 100 samples the recipe reaches a test PPL of {spread(best, 'test_ppl')}, "
+            f"{test / mean(published, 'test_ppl'):.3f} × the published one's {spread(published, 'test_ppl')} "
+            f"(at most 0.27 × was asked for)."
+        )
+    said.append(
+        f"A Kneser-Ney trigram with a cache of as many tokens, its weights fitted on the validation set, reaches "
+        f"{footing['test_kneser_ney_cache_ppl']:.1f} on the test set: the recipe is at "
+        f"{test / footing['test_kneser_ney_cache_ppl']:.3f} × (1.0 was asked for), on the validation set at "
+        f"{mean(best) / footing['kneser_ney_cache_ppl']:.3f} ×."
+    )
+    bare = of(found, recipe__pointer_heads=0, recipe__pointer_values=False)
+    if bare:
+        ratio = mean(bare, "test_ppl") / footing["test_kneser_ney_ppl"]
+        said.append(
+            f"Without its pointer it is at a test PPL of {spread(bare, 'test_ppl')}, {ratio:.3f} × a Kneser-Ney "
+            f"trigram alone ({footing['test_kneser_ney_ppl']:.1f}; 0.95 was asked for"
+            f"{'' if ratio <= 0.95 else ', and is missed: counting remembers what it saw once better'})."
+        )
+    for model, bound, words in (
+        ("transformer", 1.05, "attention over all tokens, its state growing with the text"),
+        (
+            "sliding_window",
+            0.97,
+            "keys and values of the last tokens, in as many bytes, besides the pointer's contexts",
+        ),
+        ("recurrence", 0.97, "the current context alone, besides the pointer's contexts"),
+    ):
+        rival = of(found, model__name=model)
+        if rival:
+            said.append(against(best, rival, model, bound, words))
+    rows = lever_rows(found)
+    if rows:
+        base = mean([run for run in best if run["config"]["seed"] == 42] or best)
+        worth = ", ".join(f"{name} ({ppl / base:.2f} ×)" for ppl, name, _ in rows[:3])
+        idle = [name for ppl, name, _ in rows if ppl < 1.01 * base]
+        said.append(f"What is missed most when taken out alone is {worth}; one seed each.")
+        if idle:
+            said.append(f"Taking out alone {', or '.join(idle)} changes less than 1 % or helps (one seed).")
+    more = of(found, samples=500)
+    if more:
+        foot = more[0]["footing"]
+        said.append(
+            f"With 500 samples it reaches a test PPL of {spread(more, 'test_ppl')} (validation {spread(more)}), "
+            f"{mean(more, 'test_ppl') / foot['test_kneser_ney_cache_ppl']:.3f} × the trigram with its cache "
+            f"({foot['test_kneser_ney_cache_ppl']:.1f}), from {len(more)} seed{'s' if len(more) > 1 else ''}."
+        )
+    gap = statistics.mean(run["result"]["train_val_gap"] for run in best)
+    said.append(
+        f"It still fits its training text much better than the validation text (a gap of {gap:.0f} PPL at the best "
+        "epoch), so more text, not more model, is what it lacks."
+    )
+    return said
+
+
+def against(best: list[Run], rival: list[Run], model: str, bound: float, words: str) -> str:
+    """How the recipe does against a rival with the same extras, of which at most `bound` × was asked for."""
+    ratio = mean(best, "test_ppl") / mean(rival, "test_ppl")
+    kept, theirs = (runs[0]["decode_state"]["bytes"]["10000"] for runs in (best, rival))
+    return (
+        f"Against `{model}` with the same extras ({words}; {theirs:,} bytes kept against {kept:,}), test PPL is "
+        f"{ratio:.3f} × ({spread(best, 'test_ppl')} against {spread(rival, 'test_ppl')}; at most {bound} was asked for"
+        f"{'' if ratio <= bound else ', and is missed'})."
+    )
+
+
+def numbered(lines: Sequence[str]) -> str:
+    return "\n".join(f"{n}. {line}" for n, line in enumerate(lines, start=1))
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    """A table whose first `left` columns are words."""
+    rule = [*["---"] * left, *["---:"] * (len(head) - left)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *rows))

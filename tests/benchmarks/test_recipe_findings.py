@@ -1,0 +1,79 @@
+"""The section about the recipe says what the metrics say, whichever way they fall."""
+
+import copy
+import json
+from dataclasses import asdict
+
+import pytest
+
+from benchmarks import recipe
+from ctxkv_lightning.door import check_command_line
+from tests.conftest import ROOT
+
+
+def made(ppl, *arguments, seed=42):
+    """A run of `experiment=best` with these arguments and test PPL twice the validation PPL."""
+    run = json.loads((ROOT / "docs" / "default-run" / "metrics.json").read_text())
+    run["config"] = asdict(check_command_line(["experiment=best", f"seed={seed}", *arguments])[0])
+    run["result"] |= {"val_ppl": ppl, "test_ppl": 2 * ppl, "train_val_gap": 5.0}
+    run["decode_state"] = {"bytes": {"10000": 1_000}}
+    names = ("kneser_ney", "kneser_ney_cache", "test_kneser_ney", "test_kneser_ney_cache")
+    run["footing"] = dict(zip((f"{name}_ppl" for name in names), (200.0, 70.0, 210.0, 100.0), strict=True))
+    return copy.deepcopy(run)
+
+
+@pytest.fixture
+def runs():
+    return [
+        *(made(ppl, seed=seed) for ppl, seed in ((40.0, 42), (50.0, 1), (60.0, 2))),
+        made(60.0, "model=recurrence"),
+        made(20.0, "model=transformer"),
+        made(150.0, "recipe.pointer_heads=0", "recipe.pointer_values=false"),
+        made(40.1, "recipe.context_dropout=0"),
+        made(44.0, "interval=20"),
+        made(30.0, "samples=500"),
+    ]
+
+
+def published(run):
+    other = copy.deepcopy(run)
+    other["result"]["test_ppl"] = 400.0
+    return [other]
+
+
+def test_runs_are_grouped_by_what_they_change(runs):
+    found = recipe.groups(runs)
+    assert [run["config"]["seed"] for run in recipe.of(found)] == [42, 1, 2]
+    assert len(recipe.of(found, model__name="recurrence")) == len(recipe.of(found, samples=500)) == 1
+    assert not recipe.of(found, model__name="sliding_window")
+
+
+def test_levers_stand_by_what_they_are_worth_against_the_same_seed(runs):
+    table = recipe.lever_table(recipe.groups(runs)).splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in table] == [
+        "without the pointer",
+        "without an interval per head",
+        "without dropout of contexts",
+        "the recipe",
+    ]
+    assert [line.split("|")[3].strip() for line in table] == ["3.750 ×", "1.100 ×", "1.002 ×", "1"]
+
+
+def test_sentences_follow_the_numbers(runs):
+    said = " ".join(recipe.sentences(recipe.groups(runs), published(runs[0])))
+    assert "0.250 × the published one's" in said
+    assert "the recipe is at 1.000 ×" in said
+    assert "1.429 × a Kneser-Ney trigram" in said
+    assert "and is missed: counting" in said
+    against = {name: next(part for part in said.split("Against ") if part.startswith(f"`{name}`")) for name in
+               ("recurrence", "transformer")}  # fmt: skip
+    assert "0.833 ×" in against["recurrence"]
+    assert "missed" not in against["recurrence"].split(").")[0]
+    assert "2.500 ×" in against["transformer"]
+    assert "and is missed" in against["transformer"]
+    assert "dropout of contexts changes less than 1 %" in said
+
+
+def test_nothing_is_said_of_what_was_not_run(runs):
+    assert recipe.section(runs[3:], []) == []
+    assert "500 samples" not in " ".join(recipe.sentences(recipe.groups(runs[:3]), []))

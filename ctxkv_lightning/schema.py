@@ -121,8 +121,6 @@ class RecipeConfig:
     embedding_dropout: float = number(0.0, at_least=0, below=1)
     context_dropout: float = number(0.0, at_least=0, below=1)
     output_dropout: float = number(0.0, at_least=0, below=1)
-    history_dropout: float = number(0.0, at_least=0, below=1)
-    """Share of the training windows that are read as if the text began with them."""
     projection: bool = False
     """logits = E W h + b: W starts at zero, b at the unigram."""
     pointer_heads: int = number(0, at_least=0)

@@ -25,7 +25,6 @@ RECIPE = RecipeConfig(
     embedding_dropout=0.1,
     context_dropout=0.1,
     output_dropout=0.1,
-    history_dropout=0.2,
     projection=True,
     pointer_heads=2,
     pointer_dim=8,

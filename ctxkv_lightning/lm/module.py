@@ -81,7 +81,7 @@ class ContextKVLMModule(L.LightningModule):
                 self.model.load_start(data.unigram_counts())
 
     def training_step(self, batch: Windows, batch_index: int) -> Tensor:
-        hidden, read = self._hidden(self._cut_off(batch))
+        hidden, read = self._hidden(batch)
         total, nll = self.model.loss(hidden, *read)
         # Ranks get different numbers of tokens, and their gradients are averaged.
         loss = total / (batch.total / self.trainer.world_size)
@@ -169,16 +169,6 @@ class ContextKVLMModule(L.LightningModule):
         """The learning rate of a step, as a part of `lr`: up over the warm-up, then down to `LAST_RATE` in a line."""
         rising = min(1.0, (step + 1) / max(1, self.hparams["warmup_steps"]))
         return rising * max(LAST_RATE, 1 - step / max(1, steps))
-
-    def _cut_off(self, batch: Windows) -> Windows:
-        """The batch with some of its windows read as if the text began with them, so that beginnings are learnt."""
-        rate, (B, reach) = self.model.recipe.history_dropout, batch.memory.shape[:2]
-        if not rate:
-            return batch
-        start = reach - batch.embeddings.shape[1]
-        first = torch.zeros(B, dtype=torch.long, device=self.device) if batch.first is None else batch.first
-        alone = torch.rand(B, device=self.device) < rate
-        return batch._replace(first=first.masked_fill(alone, start))
 
     def _hidden(self, batch: Windows) -> tuple[Tensor, Read]:
         """Hidden states (B, T, D), and what the loss reads besides."""

@@ -13,8 +13,6 @@ class Recipe:
     `norm`: where layers are normalised, after the sum (Vaswani et al., 2017) or before the layer (Xiong et al., 2020).
     `train_embedding`: input and output share a trained copy of the frozen table; the encoder goes on reading that one.
     `embedding_dropout`, `context_dropout`, `output_dropout`: of normalised embeddings, of contexts, of final states.
-    `history_dropout`: the share of training windows that are read as if the text began with them; without any, a model
-    never learns what to make of a short past, and a pointer repeats the little that it has.
     `projection`: logits = E W h + b instead of E h; W starts at zero and b at the training text's unigram.
     `pointer_heads`: heads of a `CachePointer` of `pointer_dim` numbers each over the last `pointer_window` contexts;
     0 for none. `pointer_values`: what is pointed at is also read into the final state.
@@ -25,7 +23,6 @@ class Recipe:
     embedding_dropout: float = 0.0
     context_dropout: float = 0.0
     output_dropout: float = 0.0
-    history_dropout: float = 0.0
     projection: bool = False
     pointer_heads: int = 0
     pointer_dim: int = 64

@@ -43,7 +43,6 @@ LATER = {
     "recipe.embedding_dropout": 0.0,
     "recipe.context_dropout": 0.0,
     "recipe.output_dropout": 0.0,
-    "recipe.history_dropout": 0.0,
     "recipe.projection": False,
     "recipe.pointer_heads": 0,
     "train.schedule": "constant",

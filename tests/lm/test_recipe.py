@@ -21,7 +21,6 @@ ALL = {
     "embedding_dropout": 0.3,
     "context_dropout": 0.3,
     "output_dropout": 0.3,
-    "history_dropout": 0.2,
     "projection": True,
     "pointer_heads": 3,
     "pointer_dim": 4,

@@ -16,7 +16,6 @@ RECIPE = {
     "embedding_dropout": 0.1,
     "context_dropout": 0.1,
     "output_dropout": 0.1,
-    "history_dropout": 0.2,
     "projection": True,
     "pointer_heads": 2,
     "pointer_dim": 4,
@@ -94,19 +93,3 @@ def test_weights_that_are_given_are_not_overwritten_by_a_start(stores, tmp_path)
     module.starts_fresh = False
     trainer(tmp_path, max_epochs=1).fit(module, datamodule=data)
     torch.testing.assert_close(module.model.table, torch.full_like(module.model.table, 0.5), atol=1e-4, rtol=0)
-
-
-def test_windows_are_cut_off_from_their_past_as_often_as_asked_for(stores, tmp_path):  # noqa: F811
-    data = opened(stores, tmp_path, history=9, batch_tokens=20)
-    module = ContextKVLMModule(**SIZES, recipe={"history_dropout": 0.3})
-    torch.manual_seed(0)
-    cut = []
-    for _ in range(200):
-        for batch in data.train_dataloader():
-            first = module._cut_off(batch).first
-            whole = torch.zeros_like(first) if batch.first is None else batch.first
-            assert bool(((first == whole) | (first == 9)).all())
-            cut.append((first == 9)[whole < 9])
-    share = torch.cat(cut).float()
-    assert float(share.mean()) == pytest.approx(0.3, abs=5 * (0.3 * 0.7 / len(share)) ** 0.5)
-    assert ContextKVLMModule(**SIZES)._cut_off(batch) is batch

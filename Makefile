@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 OUTPUT ?= benchmarks/results
 
-.PHONY: help setup train test test-all lint results bench bench-quality bench-scale bench-gpu clean
+.PHONY: help setup train test test-all lint results results-best bench bench-quality bench-scale bench-gpu clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,26 @@ results: $(STAMP) ## Train every model and sweep, hours on two cores; what is fi
 	$(BIN)/python train.py -m interval=50,100 hydra.sweep.dir=outputs/results/interval
 	$(BIN)/python train.py -m max_contexts=16,64 hydra.sweep.dir=outputs/results/max_contexts
 	$(BIN)/python train.py -m samples=500 seed=42,1,2 model=context_kv,sliding_window,transformer,recurrence,cascade hydra.sweep.dir=outputs/results/models-500
+	$(BIN)/python -m benchmarks.findings outputs/results
+
+BEST := $(BIN)/python train.py -m experiment=best
+OUT := hydra.sweep.dir=outputs/results
+
+results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it alone, two hours on two cores; RESULTS.md is made anew
+	$(BEST) seed=42,1,2 $(OUT)/best
+	$(BEST) seed=42,1,2 model=recurrence,sliding_window,transformer $(OUT)/best-rivals
+	$(BEST) seed=42,1,2 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/without-pointer
+	$(BEST) recipe.pointer_values=false $(OUT)/without-values
+	$(BEST) recipe.train_embedding=false $(OUT)/without-train-embedding
+	$(BEST) recipe.projection=false $(OUT)/without-projection
+	$(BEST) recipe.norm=post $(OUT)/without-pre-norm
+	$(BEST) recipe.context_dropout=0 $(OUT)/without-context-dropout
+	$(BEST) recipe.embedding_dropout=0 recipe.output_dropout=0 model.dropout=0.1 $(OUT)/without-dropout
+	$(BEST) interval=20 $(OUT)/without-intervals
+	$(BEST) selection=grid $(OUT)/with-grid
+	$(BEST) train.batch_tokens=8880 $(OUT)/without-small-batch
+	$(BEST) train.schedule=constant train.warmup_steps=0 $(OUT)/without-schedule
+	$(BEST) samples=500 seed=42,1,2 $(OUT)/best-500
 	$(BIN)/python -m benchmarks.findings outputs/results
 
 bench-quality: $(STAMP) ## Time to the published method's best PPL, which it takes half an hour to reach

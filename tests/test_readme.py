@@ -71,3 +71,24 @@ def test_every_promise_names_tests_that_exist():
             assert name == path
             files = [ROOT / path] if path.endswith(".py") else list((ROOT / path).glob("test_*.py"))
             assert any(re.search(r"^def test_", file.read_text(), re.MULTILINE) for file in files), path
+
+
+def test_the_decoding_table_is_the_one_that_was_measured():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "generate.json").read_text())["result"]
+    shown = re.search(r"<!-- decoding -->\n(.*?)\n<!-- /decoding -->", README, re.DOTALL)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown[1].splitlines()[2:]]
+    expected = [
+        [
+            name,
+            f"{int(tokens):,}",
+            f"{of['milliseconds_per_token']:.2f}",
+            f"{of['state_bytes'] / 1000:,.1f}",
+            f"{of['peak_anonymous_bytes'] / 1e6:,.0f}",
+            f"{of['first_token_seconds']:.2f}",
+        ]
+        for name, lengths in measured["systems"].items()
+        for tokens, of in lengths.items()
+    ]
+    assert rows == expected
+    assert f"{measured['against_recomputing']['ratio']:.1f} × faster" in README
+    assert f"{measured['prompt']['ratio']:.0f} × sooner" in README

@@ -9,10 +9,12 @@ import math
 import shutil
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks import recipe
+from ctxkv_lightning.config import RecipeConfig
 from ctxkv_lightning.report.comparison import write_comparison
 
 Run = dict[str, Any]
@@ -101,12 +103,13 @@ def deviation(values: Sequence[float]) -> float:
 
 def published(runs: Sequence[Run]) -> list[Run]:
     """The runs without a recipe, of the default sizes."""
-    plain = {"norm": "post", "train_embedding": False, "projection": False, "pointer_heads": 0}
+    plain = asdict(RecipeConfig())
     return [
         run
         for run in runs
         if run["config"]["embedding"]["dim"] == 768
-        and all(run["config"].get("recipe", plain)[key] == value for key, value in plain.items())
+        and run["config"].get("recipe", plain) == plain
+        and run["config"]["train"].get("schedule", "constant") == "constant"
     ]
 
 

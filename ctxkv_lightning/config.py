@@ -99,6 +99,7 @@ class Config:
         name, found = self.model.name, UNREAD[self.model.name]
         if not self.recipe.pointer_heads or name == "cascade":
             found = (*found, *UNREAD_WITHOUT_POINTER.get(name, ()), *POINTER)
+        found = found if self.data.source == "mqar" else (*found, "data.mqar")
         return found if self.train.schedule == "linear" else (*found, "train.warmup_steps")
 
     def effective(self) -> "Config":
@@ -123,6 +124,10 @@ class Config:
         if self.data.source not in ("text", "jsonl") and self.data.files:
             reader = "jsonl" if self.data.source == "hub" else "text"
             found.append(f"data.files has no effect with data.source={self.data.source}, choose data={reader}")
+        if self.recipe.pointer_values and not self.recipe.pointer_heads:
+            found.append(
+                "recipe.pointer_values has no effect without recipe.pointer_heads: give it heads, or leave it out"
+            )
         if self.model.name == "cascade" and self.recipe != RecipeConfig():
             found.append("model=cascade takes no recipe: leave recipe.* out, or choose another model")
         return [*found, *self._range_problems(), *self._embedding_problems(), *self._mqar_problems()]

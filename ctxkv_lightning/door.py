@@ -31,6 +31,7 @@ from yaml import YAMLError
 
 from ctxkv_lightning.config import (
     Config,
+    RecipeConfig,
     check_choice,
     check_key,
     expected,
@@ -97,9 +98,13 @@ class CommandLine:
 
 def identity(config: Config) -> str:
     """The name of this experiment's folder in a sweep: a hash of its effective configuration."""
-    settings = asdict(config.effective())
-    if config.data.source != "mqar":  # else folders of sweeps that were begun without this task would not be found
+    effective = config.effective()
+    settings = asdict(effective)
+    # What came later is left out where it is not used, or folders of sweeps begun before it would not be found.
+    if config.data.source != "mqar":
         del settings["data"]["mqar"]
+    if effective.recipe == RecipeConfig() and effective.train.schedule == "constant":
+        del settings["recipe"], settings["train"]["schedule"], settings["train"]["warmup_steps"]
     return _hash(settings)
 
 

@@ -91,7 +91,17 @@ def suites_of(folder: Path, config: Config, asked: Sequence[str] | None) -> Sequ
 
 def common_lags(configs: Sequence[Config]) -> list[int]:
     """Lags to ask every run for: the same for all, with the edges of each one's window."""
-    return sorted(set(LAGS).union(*(edges(config.intervals, config.max_contexts) for config in configs)))
+    return sorted(set(LAGS).union(*(edges_of(config) for config in configs)))
+
+
+def edges_of(config: Config) -> set[int]:
+    """Lags at which what a run can read changes: of its selection, its window of tokens, its pointer's window."""
+    found = set(edges(config.intervals, config.max_contexts)) if config.model.name == "context_kv" else set()
+    if config.model.name == "sliding_window":
+        found |= {config.window_tokens + side for side in (-1, 0, 1)}
+    if config.recipe.pointer_heads:
+        found |= {config.recipe.pointer_window + side for side in (-1, 0, 1)}
+    return {lag for lag in found if lag >= 1}
 
 
 def evaluate_run(folder: Path, config: Config, asked: Asked) -> dict[str, Any]:

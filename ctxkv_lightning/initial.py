@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.context.pretrain import save_encoder
 from ctxkv_lightning.datamodule import ContextDataModule
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
+from ctxkv_lightning.lm.recipe import Recipe
 from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.run.saved import read, sha256_of
 from ctxkv_lightning.store import Store, get_or_build
@@ -21,7 +21,7 @@ BEST = "best.ckpt"
 def borrowed_encoder(source: str, cache_dir: str, number: int) -> Store:
     """The store of encoder `number` of the run `source`, with its facts; raises UserError where the run has none."""
     run = RunFolder(Path(source))
-    pretrain, weights = run.read_metrics()["pretrain"], trained_weights(source)
+    pretrain, weights = run.read_metrics()["pretrain"], trained(source)["state_dict"]
     prefixes = ("model.encoder.", f"model.blocks.{number}.")
     own = {name.removeprefix(p): tensor for p in prefixes for name, tensor in weights.items() if name.startswith(p)}
     if not own:
@@ -40,13 +40,19 @@ def borrowed_encoder(source: str, cache_dir: str, number: int) -> Store:
 
 def load_weights(module: ContextKVLMModule, source: str, data: ContextDataModule) -> None:
     """Copies all weights of the run `source`; raises UserError where the model or its frozen embedding is another."""
-    weights = trained_weights(source)
+    checkpoint = trained(source)
+    weights = checkpoint["state_dict"]
     try:
         module.load_state_dict(weights, strict=False)
         module.starts_fresh = False
-        missing = set(dict(module.named_parameters())) - set(weights)
-        if missing:
-            raise RuntimeError(f"missing {sorted(missing)[0]}")
+        other = set(dict(module.model.named_parameters(prefix="model"))) ^ {
+            k for k in weights if k.startswith("model.")
+        }
+        if other:
+            raise RuntimeError(f"only one of the two has {sorted(other)[0]}")
+        norm = Recipe(**(checkpoint["hyper_parameters"].get("recipe") or {})).norm
+        if norm != module.model.recipe.norm:
+            raise RuntimeError(f"its norm is {norm}, not {module.model.recipe.norm}")
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(
@@ -59,6 +65,6 @@ def load_weights(module: ContextKVLMModule, source: str, data: ContextDataModule
         )
 
 
-def trained_weights(source: str) -> dict[str, Tensor]:
-    """The weights of the best checkpoint of a run; raises UserError where there is none or it is damaged."""
-    return read(RunFolder(Path(source)).checkpoints / BEST)["state_dict"]
+def trained(source: str) -> dict[str, Any]:
+    """The best checkpoint of a run; raises UserError where there is none or it is damaged."""
+    return read(RunFolder(Path(source)).checkpoints / "best.ckpt")

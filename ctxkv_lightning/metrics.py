@@ -60,8 +60,9 @@ def describe_attention(module: ContextKVLMModule, data: ContextDataModule) -> di
         return None
     windows, attention = next(iter(data.val_dataloader())), model.attention
     first = None if windows.first is None else windows.first.cpu()
+    embeddings = model.embed(windows.tokens[:, -windows.embeddings.shape[1] :].cpu())
     return {
-        "slot_weights": attention.slot_weights(windows.embeddings.cpu(), windows.memory.cpu(), first).tolist(),
+        "slot_weights": attention.slot_weights(embeddings, windows.memory.cpu(), first).tolist(),
         "distances": slot_distances(attention.intervals, attention.max_contexts, attention.selection).tolist(),
     }
 

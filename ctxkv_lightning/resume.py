@@ -16,17 +16,18 @@ HARMLESS = {
     "resume", "cache_dir", "embeddings", "train.max_epochs", "train.patience", "train.compile",
     *(f"trainer.{spec.name}" for spec in fields(TrainerConfig)),
 }  # fmt: skip
-"""Keys that may change when a run is resumed: how long, where and on what it runs."""
+"""Keys that may change when a run is resumed: how long (unless a schedule goes by it), where and on what it runs."""
 
 
 def check_changes(config: Config, run: RunFolder) -> None:
     """Raises UserError where the configuration asked for differs from the run's own in more than `HARMLESS` keys."""
     began, asked = load_config(run), flat(asdict(config))
+    harmless = HARMLESS - ({"train.max_epochs"} if began.train.schedule == "linear" else set())
     changed = {key: (old, asked[key]) for key, old in flat(asdict(began)).items() if asked[key] != old}
     for key, (old, new) in changed.items():
-        if key in HARMLESS - {"resume"}:
+        if key in harmless - {"resume"}:
             log.info(f"resumed with {key}: {old} -> {new}")
-    refused = [f"{key}: {old} -> {new}" for key, (old, new) in changed.items() if key not in HARMLESS]
+    refused = [f"{key}: {old} -> {new}" for key, (old, new) in changed.items() if key not in harmless]
     if refused:
         raise UserError(
             f"{run.path} began with other settings ({'; '.join(refused)}): leave them as they were, or start a new run "

@@ -177,8 +177,8 @@ UNREAD = {
 """The keys, or groups of them, that each model does not read."""
 
 UNREAD_WITHOUT_POINTER = {
-    "transformer": _PHASE_ONE,
-    "sliding_window": _PHASE_ONE,
+    "transformer": (*_PHASE_ONE, "recipe.context_dropout"),
+    "sliding_window": (*_PHASE_ONE, "recipe.context_dropout"),
 }
 """What a model does not read besides where there is no pointer, which points at contexts."""
 

@@ -87,7 +87,7 @@ def open_export(folder: Path) -> TrainedModel:
 def _model_of(checkpoint: dict[str, Any], path: Path) -> TiedLM:
     try:
         options = checkpoint["hyper_parameters"]
-        arguments = {name: options[name] for name in inspect.signature(build_model).parameters if name != "name"}
+        arguments = {name: options[name] for name in inspect.signature(build_model).parameters if name in options}
         model = build_model(options["model"], **arguments)
         weights = checkpoint["state_dict"].items()
         model.load_state_dict({key.removeprefix(PREFIX): value for key, value in weights if key.startswith(PREFIX)})

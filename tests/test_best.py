@@ -2,19 +2,24 @@
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
+import torch
+import yaml
 
-from ctxkv_lightning import pipeline
+from ctxkv_lightning import ContextKVLM, pipeline
 from ctxkv_lightning.__main__ import main
-from ctxkv_lightning.config import RecipeConfig, TrainConfig
-from ctxkv_lightning.door import check_command_line
+from ctxkv_lightning.config import RecipeConfig, TrainConfig, load_config
+from ctxkv_lightning.datamodule import ContextDataModule
+from ctxkv_lightning.door import check_command_line, identity
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.export import export_run
 from ctxkv_lightning.lm.sampling import Sampler
+from ctxkv_lightning.resume import check_changes
+from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.run.saved import read
-from ctxkv_lightning.use import open_trained
+from ctxkv_lightning.use import _model_of, open_trained
 from ctxkv_lightning.write import Writer
 from tests.small_run import small_run
 from tests.test_resume import BASE, STEPS, Stop, assert_same_run, interrupted, rows, same
@@ -67,6 +72,34 @@ def test_what_nothing_reads_makes_no_other_experiment():
     assert a.effective() != b.effective()
 
 
+def test_sweeps_begun_before_there_were_recipes_find_their_folders():
+    """The hash of the default experiment, as it was."""
+    assert identity(check_command_line([])[0]) == "8b46a0d288"
+
+
+def test_settings_without_effect_are_refused_or_make_no_other_experiment():
+    with pytest.raises(UserError, match="pointer_values has no effect"):
+        check_command_line(["recipe.pointer_values=true"])
+    plain, other = (
+        check_command_line(["model=transformer", *more])[0]
+        for more in ([], ["recipe.context_dropout=0.1", "train.warmup_steps=5"])
+    )
+    assert identity(plain) == identity(other)
+
+
+def test_how_long_a_schedule_is_cannot_change_on_the_way(tmp_path):
+    run = RunFolder(tmp_path)
+    for schedule in ("constant", "linear"):
+        began = replace(BASE, train=replace(TRAIN, schedule=schedule))
+        run.write_config(yaml.safe_dump(asdict(began)))
+        longer = replace(began, train=replace(began.train, max_epochs=9))
+        if schedule == "constant":
+            check_changes(longer, run)
+            continue
+        with pytest.raises(UserError, match=r"train\.max_epochs: 3 -> 9"):
+            check_changes(longer, run)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_a_finished_run_says_what_it_keeps_exports_and_writes(model, tmp_path):
     run = small_run(tmp_path, model, recipe=RECIPE)
@@ -80,6 +113,33 @@ def test_a_finished_run_says_what_it_keeps_exports_and_writes(model, tmp_path):
     texts = [Writer(one, Sampler(seed=1), max_tokens=20).text("Zeile 1") for one in (trained, exported)]
     assert texts[0] == texts[1]
     assert texts[0][0]
+    if model == "context_kv":
+        check_attention(metrics, trained.model, run)
+
+
+def check_attention(metrics, model, run):
+    """The report's slot weights are those of the trained embedding, not of the frozen one."""
+    data = yaml.safe_load((run / "lightning.yaml").read_text())["data"]
+    module = ContextDataModule(**data)
+    module.setup("validate")
+    windows = next(iter(module.val_dataloader()))
+    own = windows.tokens[:, -windows.embeddings.shape[1] :]
+    expected = model.attention.slot_weights(model.embed(own), windows.memory, windows.first)
+    torch.testing.assert_close(torch.tensor(metrics["attention"]["slot_weights"]), expected, atol=1e-4, rtol=0)
+
+
+def test_weights_of_another_recipe_are_no_start(tmp_path):
+    run = small_run(tmp_path, recipe=RecipeConfig(norm="pre", projection=True))
+    config = load_config(RunFolder(run))
+    for recipe in (RecipeConfig(), RecipeConfig(norm="pre")):
+        with pytest.raises(UserError, match="does not fit this model"):
+            pipeline.run_experiment(replace(config, recipe=recipe, init_from=str(run)), tmp_path / recipe.norm)
+
+
+def test_a_checkpoint_from_before_there_were_recipes_still_opens(tmp_path):
+    checkpoint = read(small_run(tmp_path) / "checkpoints" / "best.ckpt")
+    del checkpoint["hyper_parameters"]["recipe"]
+    assert isinstance(_model_of(checkpoint, tmp_path), ContextKVLM)
 
 
 @pytest.mark.slow

@@ -169,8 +169,8 @@ class Decoder:
             return self.model.logits(hidden)
         state = output.norm(hidden[:, None])
         if output.pointer is None:
-            return output.own(state, self.model.table)[:, 0].log()
-        return output.mixed(self._pointed(output.pointer, state, tokens), self.model.table)[:, 0].log()
+            return output.own(state, self.model.table)[:, 0]
+        return output.mixed(self._pointed(output.pointer, state, tokens), self.model.table)[:, 0]
 
     def _pointed(self, pointer: CachePointer, state: Tensor, tokens: Tensor) -> Pointed:
         """What the pointer says after tokens (B,), which are noted as the followers of the position before."""

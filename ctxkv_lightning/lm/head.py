@@ -110,16 +110,15 @@ class _MixedCrossEntropy(torch.autograd.Function):
         of_table, of_bias = torch.zeros_like(table) if needed[1] else None, torch.zeros_like(bias)
         for rows in _chunks(len(hidden)):
             own = hidden[rows].to(dtype)
-            share = log_share[rows].exp()
             logits = torch.addmm(bias.to(dtype), own, product.T)
-            probability = torch.exp(-_normalise(logits, targets[rows], gradient=any(needed)))
-            mixed = share * probability + pointed[rows]
-            nll[rows], of_pointed[rows] = -mixed.log(), -1 / mixed
-            of_share[rows] = -share * probability / mixed
+            alone = log_share[rows] - _normalise(logits, targets[rows], gradient=any(needed))
+            nll[rows] = -torch.logaddexp(alone, pointed[rows].log())  # of logarithms: a p of e^-110 is 0 in fp32
+            of_share[rows], of_pointed[rows] = -torch.exp(alone + nll[rows]), -nll[rows].exp()
             if any(needed):  # the logits are now their gradients, were the head alone
                 logits *= -of_share[rows, None].to(dtype)
                 of_hidden[rows] = (logits @ product).to(hidden.dtype)
-                of_bias += logits.sum(dim=0, dtype=torch.float32)
+                if needed[2]:
+                    of_bias += logits.sum(dim=0, dtype=torch.float32)
                 if of_table is not None:
                     of_table += logits.T @ own
         ctx.save_for_backward(of_hidden, of_table, of_bias, of_share, of_pointed)

@@ -47,8 +47,8 @@ class TiedLM(PretrainedModule):
         self.embedding_dropout = nn.Dropout(self.recipe.embedding_dropout)
         self.context_dropout = nn.Dropout(self.recipe.context_dropout)
         self.trained_embedding = nn.Embedding(vocab_size, embedding_dim) if self.recipe.train_embedding else None
-        published = self.recipe.published and self.recipe.norm == "post"
-        self.output = None if published else Output(vocab_size, embedding_dim, context_dim, self.recipe)
+        plain = self.recipe.plain_head
+        self.output = None if plain else Output(vocab_size, embedding_dim, context_dim, self.recipe)
 
     def encoders(self) -> list[ContextEncoder]:
         """The frozen encoders, in the order in which their contexts stand side by side in the memory."""
@@ -93,7 +93,8 @@ class TiedLM(PretrainedModule):
 
         `embeddings` (B, T, D), normalised rows of the frozen table, save looking them up where they are what is read.
         """
-        looks_up = self.recipe.train_embedding or (self.reads_tokens and self.recipe.pointer_heads)
+        own = self.recipe.pointer_heads or self.recipe.embedding_dropout  # the memory given is contexts, or undropped
+        looks_up = self.recipe.train_embedding or (self.reads_tokens and own)
         if looks_up and self.reads_tokens:
             memory = self.embedding_dropout(self.embed(tokens))
             return self(memory[:, memory.shape[1] - T :], memory, first)
@@ -135,10 +136,12 @@ class TiedLM(PretrainedModule):
         counted = torch.arange(B * T, device=hidden.device) if counted is None else counted
         following = targets.new_zeros(B * T).scatter(0, counted, targets).view(B, T)
         nll, hits = hidden.new_empty(B, T, dtype=torch.float32), torch.empty_like(following, dtype=torch.bool)
-        for rows, p in self.output.probabilities(hidden, self.table, memory, tokens, first):
-            right = following[:, rows, None]
-            nll[:, rows] = -p.gather(2, right)[..., 0].log()
-            hits[:, rows] = p.argmax(dim=-1) == right[..., 0]
+        for b in range(B):  # text by text: the rows of V numbers that are held at a time are those of a block
+            one, begin = slice(b, b + 1), None if first is None else first[b : b + 1]
+            for rows, log_p in self.output.log_probabilities(hidden[one], self.table, memory[one], tokens[one], begin):
+                right = following[one, rows, None]
+                nll[one, rows] = -log_p.gather(2, right)[..., 0]
+                hits[one, rows] = log_p.argmax(dim=-1) == right[..., 0]
         return nll.flatten()[counted], hits.flatten()[counted]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ctxkv_lightning.lm.head import mixed_cross_entropy
-from ctxkv_lightning.lm.pointer import CachePointer, Pointed
+from ctxkv_lightning.lm.pointer import BLOCK, CachePointer, Pointed
 from ctxkv_lightning.lm.recipe import Recipe
 
 
@@ -58,29 +58,33 @@ class Output(nn.Module):
         flat = [x if counted is None else x[counted] for x in (wanted, share.flatten(), mass.flatten())]
         return mixed_cross_entropy(flat[0], table, self.bias, targets, flat[1], flat[2])
 
-    def probabilities(
+    def log_probabilities(
         self, hidden: Tensor, table: Tensor, memory: Tensor, tokens: Tensor, first: Tensor | None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """p (B, n, V), fp32, of what follows each position, block by block; shapes as in `loss`."""
+        """log p (B, n, V), fp32, of what follows each position, n at most `BLOCK`; shapes as in `loss`."""
         state = self.norm(hidden)
         if self.pointer is None:
-            yield slice(0, hidden.shape[1]), self.own(state, table)
+            for start in range(0, hidden.shape[1], BLOCK):
+                rows = slice(start, min(hidden.shape[1], start + BLOCK))
+                yield rows, self.own(state[:, rows], table)
             return
         for part in self.pointer.blocks(state, memory, tokens, first, table):
             yield part.rows, self.mixed(part, table)
 
     def mixed(self, part: Pointed, table: Tensor) -> Tensor:
-        """p (B, n, V) of the head and of what is pointed at."""
-        own = self.own(part.state, table)
-        shares = part.gates.exp()
+        """log p (B, n, V) of the head and of what is pointed at."""
+        own, shares = self.own(part.state, table), part.gates.exp()
         weights = (shares[..., 1:].transpose(1, 2)[..., None] * part.weights).sum(dim=1)
         followers = part.followers[:, None].expand_as(weights)
-        return (shares[..., :1] * own).scatter_add(2, followers, weights)
+        pointed = torch.zeros_like(own).scatter_add(2, followers, weights)
+        own, pointed = part.gates[..., :1] + own, pointed.log()
+        largest = torch.maximum(own, pointed)  # torch.logaddexp rounds the last elements of a tensor in another way
+        return largest + ((own - largest).exp() + (pointed - largest).exp()).log()
 
     def own(self, state: Tensor, table: Tensor) -> Tensor:
-        """The head's own p (..., V), fp32, from normalised final states (..., D)."""
+        """The head's own log p (..., V), fp32, from normalised final states (..., D)."""
         wanted = self.projection(state)
-        return torch.softmax((wanted @ table.to(wanted.dtype).T).float() + self.bias, dim=-1)
+        return torch.log_softmax((wanted @ table.to(wanted.dtype).T).float() + self.bias, dim=-1)
 
     def _pointed_mass(self, parts: Iterator[Pointed], following: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """States (B, T, D), log g_0 (B, T), and the probability with which the token that does follow is pointed at."""

@@ -6,8 +6,9 @@
 z_t is the model's normalised final state, i runs over the last `window` contexts before t. It joins the continuous
 cache of Grave, Joulin & Usunier (2017) with the learned mixture of Merity et al.'s pointer sentinel (2017). With
 `values`, what is pointed at is also read, as attention reads values: to the final state, which p_model and z' are made
-of, comes Σ_h V_h Σ_w p_h(w | t) LayerNorm(E[w]). In a decoder a pointer costs four bytes more for each context kept:
-the token that followed.
+of, comes Σ_h V_h Σ_w p_h(w | t) LayerNorm(E[w]). In a decoder a pointer costs four bytes for each context of its
+window, the token that followed, and the contexts themselves where attention does not keep the very same. (The queries
+and the gate read LayerNorms of z and z', the gate a tenth of the log-sum-exps, -20 at least.)
 """
 
 from collections.abc import Iterator

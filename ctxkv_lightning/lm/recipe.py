@@ -6,11 +6,16 @@ from typing import Literal
 Norm = Literal["post", "pre"]
 
 
+LARGEST = 1 << 20
+"""Of a pointer's sizes: far beyond use, and small enough that a foreign file does not exhaust the memory."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The default is the published model: nothing but its layers, normalised after each, on a frozen embedding.
 
-    `norm`: where layers are normalised, after the sum (Vaswani et al., 2017) or before the layer (Xiong et al., 2020).
+    `norm`: where layers are normalised, after the sum (Vaswani et al., 2017) or before the layer (Xiong et al., 2020);
+    with the latter, layers start as the identity, the feed-forward layer has dropout, the final state is normalised.
     `train_embedding`: input and output share a trained copy of the frozen table; the encoder goes on reading that one.
     `embedding_dropout`, `context_dropout`, `output_dropout`: of normalised embeddings, of contexts, of final states.
     `projection`: logits = E W h + b instead of E h; W starts at zero and b at the training text's unigram.
@@ -29,7 +34,14 @@ class Recipe:
     pointer_window: int = 620
     pointer_values: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no model can be built with, wherever it comes from."""
+        sizes = (self.pointer_dim, self.pointer_window, self.pointer_heads + 1)
+        if self.norm not in ("post", "pre") or min(sizes) < 1 or max(sizes) > LARGEST:
+            raise ValueError(f"{self} has a norm or a pointer that does not exist")
+
     @property
-    def published(self) -> bool:
+    def plain_head(self) -> bool:
         """Whether the head is the published one, whose loss needs nothing but the final states."""
-        return not (self.train_embedding or self.output_dropout or self.projection or self.pointer_heads)
+        more = self.train_embedding or self.output_dropout or self.projection or self.pointer_heads
+        return self.norm == "post" and not more

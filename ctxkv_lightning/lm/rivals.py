@@ -154,6 +154,8 @@ def build_model(
         case "context_kv":
             return ContextKVLM(V, D, C, heads, interval, max_contexts, ffn_dim, dropout, selection, recipe)
         case "cascade":
+            if recipe:
+                raise ValueError("the cascade takes no recipe")
             return CascadeLM(V, D, C)
         case "recurrence":
             return RecurrenceLM(V, D, C, ffn_dim, dropout, recipe)

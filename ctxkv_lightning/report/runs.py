@@ -29,8 +29,8 @@ UNREAD = {
     "recurrence": (*_WINDOW, "heads", "model.window_tokens"),
 }
 UNREAD_WITHOUT_POINTER = {
-    "transformer": _PHASE_ONE,
-    "sliding_window": _PHASE_ONE,
+    "transformer": (*_PHASE_ONE, "recipe.context_dropout"),
+    "sliding_window": (*_PHASE_ONE, "recipe.context_dropout"),
 }
 POINTER = ("recipe.pointer_dim", "recipe.pointer_window", "recipe.pointer_values")
 """Keys, or groups of them, that a model does not read, the last two where there is no pointer: two runs are not
@@ -172,6 +172,8 @@ def settings(metrics: Metrics) -> dict[str, Any]:
     unread = (*NO_EFFECT, *_unread(name, bool(values["recipe.pointer_heads"])))
     if values["train.schedule"] == "constant":
         unread = (*unread, "train.warmup_steps")
+    if values["data.source"] != "mqar":
+        unread = (*unread, "data.mqar")
     kept = {key: _hashable(value) for key, value in values.items() if not _below(key, unread)}
     if kept.get("samples", 0) is None:
         kept["samples"] = metrics["data"]["train_documents"]

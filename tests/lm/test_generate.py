@@ -59,8 +59,8 @@ def parallel_logits(model, tokens):
     hidden = model.states(tokens[None], memory[None], len(tokens))
     if model.output is None:
         return model.logits(hidden)[0]
-    parts = model.output.probabilities(hidden, model.table, memory[None], tokens[None], None)
-    return torch.cat([p for _, p in parts], dim=1)[0].log()
+    parts = model.output.log_probabilities(hidden, model.table, memory[None], tokens[None], None)
+    return torch.cat([log_p for _, log_p in parts], dim=1)[0]
 
 
 @pytest.mark.parametrize("keep", ["contexts", "kv"])

@@ -53,7 +53,8 @@ def test_the_mixture_equals_its_formula_at_every_position(T, S, window, block, d
     first = torch.tensor([missing]) if missing else None
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(pointer_module, "BLOCK", block)
-        fast = torch.cat([p for _, p in output.probabilities(hidden, table, contexts, tokens, first)], dim=1)[0]
+        parts = output.log_probabilities(hidden, table, contexts, tokens, first)
+        fast = torch.cat([log_p for _, log_p in parts], dim=1)[0].exp()
         text, ids = contexts[0, missing:], tokens[0, missing:]
         slow = [
             oracles.pointer_probabilities(output, hidden[0, t], table, text, ids, S + t - missing) for t in range(T)
@@ -71,8 +72,9 @@ def test_the_loss_is_that_of_the_probabilities(heads, some):
     hidden, contexts, tokens = torch.randn(B, T, D), torch.randn(B, S + T, C), torch.randint(0, V, (B, S + T))
     counted = torch.tensor([0, 3, 4, 11, 17]) if some else None
     targets = torch.randint(0, V, (5 if some else B * T,))
-    p = torch.cat([p for _, p in output.probabilities(hidden, table, contexts, tokens, None)], dim=1).flatten(0, 1)
-    expected = -(p if counted is None else p[counted]).log().gather(1, targets[:, None])[:, 0]
+    parts = output.log_probabilities(hidden, table, contexts, tokens, None)
+    log_p = torch.cat([log_p for _, log_p in parts], dim=1).flatten(0, 1)
+    expected = -(log_p if counted is None else log_p[counted]).gather(1, targets[:, None])[:, 0]
     total, nll = output.loss(hidden, table, contexts, tokens, targets, counted, None)
     torch.testing.assert_close(nll, expected.detach())
     torch.testing.assert_close(total, expected.sum())
@@ -104,8 +106,8 @@ def test_a_repeated_text_is_pointed_at():
     contexts = F.layer_norm(torch.randn(20, 64), (64,)).repeat(2, 1)[None]
     hidden = torch.zeros(1, 40, D)
     with torch.no_grad():
-        parts = list(output.probabilities(hidden, torch.zeros(50, D), contexts, tokens, None))
-    p = torch.cat([p for _, p in parts], dim=1)
+        parts = list(output.log_probabilities(hidden, torch.zeros(50, D), contexts, tokens, None))
+    p = torch.cat([log_p for _, log_p in parts], dim=1).exp()
     right = p[0, 20:-1].gather(1, tokens[0, 21:, None])
     assert float(right.min()) > 5 / 50
 
@@ -139,3 +141,18 @@ def test_pre_norm_layers_start_as_the_identity_but_for_their_biases(name):
 def test_an_empty_recipe_is_the_published_model():
     names = {key.split(".")[0] for key in ContextKVLM(V, D, C, 2, 3, 4, 16).state_dict()}
     assert names == {"embedding", "embedding_norm", "encoder", "attention", "ffn"}
+
+
+def test_a_target_that_is_all_but_impossible_has_a_finite_loss_and_gradient():
+    hidden = torch.tensor([[110.0, 0.0]], requires_grad=True)
+    table, bias, nothing = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.zeros(2), torch.zeros(1)
+    total, nll = mixed_cross_entropy(hidden, table, bias, torch.tensor([1]), nothing, nothing)
+    total.backward()
+    assert float(nll) == pytest.approx(110)
+    torch.testing.assert_close(hidden.grad, torch.tensor([[1.0, -1.0]]))
+
+
+@pytest.mark.parametrize("wrong", [{"norm": "prre"}, {"pointer_dim": 0}, {"pointer_window": 0}, {"pointer_heads": -1}])
+def test_a_recipe_that_no_model_can_have_is_refused(wrong):
+    with pytest.raises(ValueError, match="does not exist"):
+        Recipe(**wrong)

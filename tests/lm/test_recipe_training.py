@@ -43,8 +43,8 @@ def test_every_model_learns_and_is_scored_as_the_whole_text_at_once(stores, tmp_
     memory = memory_of(model, stream.tokens)[None]
     with torch.no_grad():
         hidden = model.states(stream.tokens[None], memory, len(stream.tokens))
-        parts = model.output.probabilities(hidden, model.table, memory, stream.tokens[None], None)
-        p = torch.cat([part for _, part in parts], dim=1)[0, :-1]
+        parts = model.output.log_probabilities(hidden, model.table, memory, stream.tokens[None], None)
+        p = torch.cat([part for _, part in parts], dim=1)[0, :-1].exp()
     right = p.gather(1, stream.tokens[1:, None])[:, 0]
     assert float(run.callback_metrics[MONITOR]) == pytest.approx(math.exp(-right.log().double().mean()), rel=1e-4)
     hits = (p.argmax(dim=1) == stream.tokens[1:]).float().mean()

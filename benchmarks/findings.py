@@ -24,16 +24,26 @@ OURS, GRID, HEADS = "context_kv, strided", "context_kv, grid", "context_kv, an i
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Writes the page and its comparison; returns the page's path."""
+    """Writes the page and two comparisons, of the published models and of the recipe; returns the page's path."""
     made = argparse.ArgumentParser(description=__doc__)
     made.add_argument("runs", type=Path, help="folder of the finished runs")
     made.add_argument("--output", type=Path, default=Path("RESULTS.md"))
     made.add_argument("--pages", type=Path, default=Path("docs/results"), help="folder of the comparison page")
     options = made.parse_args(argv)
-    write_comparison([options.runs], options.pages)
+    plain, best = folders_of(options.runs)
+    write_comparison(plain, options.pages)
+    if best:
+        write_comparison(best, options.pages / "best")
     keep_metrics(options.runs, options.pages / "runs")
     options.output.write_text(page(kept_runs(options.pages / "runs"), options.pages), encoding="utf-8")
     return options.output
+
+
+def folders_of(runs: Path) -> tuple[list[Path], list[Path]]:
+    """The sweeps' folders: those of the published models, those of the recipe."""
+    folders = [folder for folder in sorted(runs.iterdir()) if folder.is_dir() and kept_runs(folder)]
+    plain = [folder for folder in folders if published(kept_runs(folder))]
+    return plain, [folder for folder in folders if folder not in plain]
 
 
 def keep_metrics(runs: Path, kept: Path) -> None:

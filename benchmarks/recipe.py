@@ -87,7 +87,8 @@ def section(runs: Sequence[Run], published: Sequence[Run]) -> list[str]:
 INTRODUCTION = (
     "The same extras for every model: pre-norm, trained embedding, projection, dropouts, schedule and pointer, with "
     "the settings that were found for `context_kv` by about thirty short runs of one seed, chosen on the validation "
-    "set alone; the rivals were not tuned further, which favours `context_kv`. (`make results-best`)"
+    "set alone; the rivals were not tuned further, which favours `context_kv`. Made by `make results-best`; "
+    "[side by side](docs/results/best/report.md)."
 )
 LEVERS_ARE = "What the validation PPL becomes when one thing is done to the recipe, and nothing but what the row says."
 

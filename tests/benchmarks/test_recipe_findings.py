@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from benchmarks import recipe
+from benchmarks import findings, recipe
 from ctxkv_lightning.door import check_command_line
 from tests.conftest import ROOT
 
@@ -77,6 +77,23 @@ def test_sentences_follow_the_numbers(runs):
 def test_other_changes_and_repeated_seeds_are_no_levers(runs):
     more = [made(35.0, "recipe.pointer_heads=8"), made(36.0, "interval=20", "train.lr=0.01"), made(99.0, "interval=20")]
     assert recipe.lever_table(recipe.groups([*runs, *more])) == recipe.lever_table(recipe.groups(runs))
+
+
+def test_page_and_comparisons_are_made_of_folders_of_runs(tmp_path, runs):
+    """The recipe's runs have a page of their own: beside the published ones they would differ in everything."""
+    plain = json.loads((ROOT / "docs" / "default-run" / "metrics.json").read_text())
+    plain["config"] |= {"selection": "strided"}
+    plain["decode_state"] = {"bytes": {"10000": 635_904}}
+    for name, run in (("models", plain), *((f"best-{n}", run) for n, run in enumerate(runs[:3]))):
+        (tmp_path / "runs" / name / "one").mkdir(parents=True)
+        (tmp_path / "runs" / name / "one" / "metrics.json").write_text(json.dumps(run))
+    page = findings.main(
+        [str(tmp_path / "runs"), "--output", str(tmp_path / "R.md"), "--pages", str(tmp_path / "pages")]
+    ).read_text()
+    assert "## The recipe" in page
+    assert len(findings.kept_runs(tmp_path / "pages" / "runs")) == 4
+    assert (tmp_path / "pages" / "best" / "report.md").read_text().startswith("# 3 runs")
+    assert (tmp_path / "pages" / "report.md").exists()
 
 
 def test_nothing_is_said_of_what_was_not_run(runs):

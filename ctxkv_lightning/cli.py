@@ -148,10 +148,17 @@ def _folder_of(file: Path) -> list[str]:
 
 
 def check_overruled(arguments: Sequence[str]) -> None:
-    """Raises UserError for a `--model.` value that differs from the checkpoint's, which would win without a word."""
+    """Raises UserError for a `--model.` value or a seed that a checkpoint has its own of, and would win with unseen."""
     paths = values_of(arguments, "--ckpt_path")
     if not paths:
         return
+    seeds = values_of(arguments, "--seed_everything")
+    files = [yaml.safe_load(Path(file).read_text(encoding="utf-8")) for file in values_of(arguments, "--config", "-c")]
+    if seeds and yaml.safe_load(seeds[-1]) not in [file.get("seed_everything") for file in files[-1:]]:
+        raise UserError(
+            f"--seed_everything={seeds[-1]} has no effect, for random numbers go on as in {paths[-1]}: leave it out, or "
+            "start a new run"
+        )
     saved = read(Path(paths[-1])).get("hyper_parameters", {})
     for argument in (argument for argument in arguments if argument.startswith("--model.")):
         name = argument.removeprefix("--model.").split("=")[0]

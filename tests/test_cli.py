@@ -60,6 +60,8 @@ def test_what_a_checkpoint_would_overrule_is_refused(stopped, capsys):
     assert cli(*common, "--model.lr=0.5") == EXIT_CODE
     assert "--model.lr=0.5 has no effect" in capsys.readouterr().err
     assert cli(*common, "--model.heads", "4") == EXIT_CODE
+    assert cli(*common, "--seed_everything=7") == EXIT_CODE
+    assert "--seed_everything=7 has no effect" in capsys.readouterr().err
     assert read(run / "checkpoints" / "last.ckpt")["global_step"] == before
 
 

@@ -156,7 +156,7 @@ def check_overruled(arguments: Sequence[str]) -> None:
     files = [yaml.safe_load(Path(file).read_text(encoding="utf-8")) for file in values_of(arguments, "--config", "-c")]
     if seeds and yaml.safe_load(seeds[-1]) not in [file.get("seed_everything") for file in files[-1:]]:
         raise UserError(
-            f"--seed_everything={seeds[-1]} has no effect, for random numbers go on as in {paths[-1]}: leave it out, or "
+            f"--seed_everything={seeds[-1]} has no effect, for random numbers go on as in {paths[-1]}: leave it out or "
             "start a new run"
         )
     saved = read(Path(paths[-1])).get("hyper_parameters", {})

@@ -150,9 +150,19 @@ def sizes(run: Run) -> list[str]:
 
 def sentences(found: dict[Key, list[Run]], published: Sequence[Run]) -> list[str]:
     """What the tables say, each with the bound that was set beforehand; test PPL where the bound is on it."""
+    return [
+        *against_counting(found, published),
+        *against_rivals(found),
+        *best_of_all(found),
+        *worth_of_levers(found),
+        *more_text_and_time(found, published),
+    ]
+
+
+def against_counting(found: dict[Key, list[Run]], published: Sequence[Run]) -> list[str]:
+    """The recipe against the published model and against counting, with its pointer and without."""
     best, said = of(found), []
-    footing = best[0]["footing"]
-    test = mean(best, "test_ppl")
+    footing, test = best[0]["footing"], mean(best, "test_ppl")
     if published:
         said.append(
             f"With 100 samples the recipe reaches a test PPL of {spread(best, 'test_ppl')}, "
@@ -173,6 +183,12 @@ def sentences(found: dict[Key, list[Run]], published: Sequence[Run]) -> list[str
             f"trigram alone ({footing['test_kneser_ney_ppl']:.1f}; 0.95 was asked for"
             f"{'' if ratio <= 0.95 else ', and is missed: counting remembers what it saw once better'})."
         )
+    return said
+
+
+def against_rivals(found: dict[Key, list[Run]]) -> list[str]:
+    """A sentence for each rival with the same extras."""
+    said = []
     for model, bound, words in (
         ("transformer", 1.05, "attention over all tokens, its state growing with the text"),
         (
@@ -184,8 +200,13 @@ def sentences(found: dict[Key, list[Run]], published: Sequence[Run]) -> list[str
     ):
         rival = of(found, model__name=model)
         if rival:
-            said.append(against(best, rival, model, bound, words))
-    said += best_of_all(found)
+            said.append(against(of(found), rival, model, bound, words))
+    return said
+
+
+def worth_of_levers(found: dict[Key, list[Run]]) -> list[str]:
+    """Which changes harm the recipe most, and which hardly."""
+    best, said = of(found), []
     rows = lever_rows(found)
     if rows:
         base = mean([run for run in best if run["config"]["seed"] == 42] or best)
@@ -194,6 +215,12 @@ def sentences(found: dict[Key, list[Run]], published: Sequence[Run]) -> list[str
         said.append(f"What harms the recipe most, of the changes in the table, is to train it {worth}; one seed each.")
         if idle:
             said.append(f"To train it {', or '.join(idle)} costs less than 1 % or helps (one seed).")
+    return said
+
+
+def more_text_and_time(found: dict[Key, list[Run]], published: Sequence[Run]) -> list[str]:
+    """What more text brings, what the recipe costs, and what it lacks."""
+    best, said = of(found), []
     more = of(found, samples=500)
     if more:
         foot = more[0]["footing"]

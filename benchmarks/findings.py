@@ -40,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 def folders_of(runs: Path) -> tuple[list[Path], list[Path]]:
-    """The sweeps' folders: those of the published models, those of the recipe."""
+    """The sweeps' folders: of the published models; and of models with the recipe, its levers left to their table."""
     folders = [folder for folder in sorted(runs.iterdir()) if folder.is_dir() and kept_runs(folder)]
     plain = [folder for folder in folders if published(kept_runs(folder))]
-    return plain, [folder for folder in folders if folder not in plain]
+    return plain, [folder for folder in folders if folder not in plain and folder.name.startswith("best")]
 
 
 def keep_metrics(runs: Path, kept: Path) -> None:

@@ -20,9 +20,6 @@ from omegaconf.errors import OmegaConfBaseException
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.schema import (
-    POINTER,
-    UNREAD,
-    UNREAD_WITHOUT_POINTER,
     ContextsConfig,
     DataConfig,
     EmbeddingConfig,
@@ -35,6 +32,7 @@ from ctxkv_lightning.schema import (
     choice,
     number,
 )
+from ctxkv_lightning.unread import unread_keys
 
 
 @dataclass
@@ -96,11 +94,7 @@ class Config:
     @property
     def unread(self) -> tuple[str, ...]:
         """The keys, or groups of them, that have no effect here."""
-        name, found = self.model.name, UNREAD[self.model.name]
-        if not self.recipe.pointer_heads or name == "cascade":
-            found = (*found, *UNREAD_WITHOUT_POINTER.get(name, ()), *POINTER)
-        found = found if self.data.source == "mqar" else (*found, "data.mqar")
-        return found if self.train.schedule == "linear" else (*found, "train.warmup_steps")
+        return unread_keys(self.model.name, bool(self.recipe.pointer_heads), self.train.schedule, self.data.source)
 
     def effective(self) -> "Config":
         """This configuration with whatever its model does not read at the default: equal ones are one experiment."""

@@ -163,24 +163,3 @@ class TrainerConfig:
     """`auto`: bf16-mixed where the processor has it, else 32-true."""
     enable_progress_bar: bool | None = None
     """null: a progress bar in a terminal, plain lines elsewhere."""
-
-
-_WINDOW = ("interval", "max_contexts", "selection")
-_PHASE_ONE = ("context_dim", "pretrain", "contexts")
-UNREAD = {
-    "context_kv": ("model.window_tokens",),
-    "cascade": (*_WINDOW, "heads", "model.window_tokens", "model.ffn_dim", "model.dropout", "recipe"),
-    "transformer": (*_WINDOW, "model.window_tokens"),
-    "sliding_window": _WINDOW,
-    "recurrence": (*_WINDOW, "heads", "model.window_tokens"),
-}
-"""The keys, or groups of them, that each model does not read."""
-
-UNREAD_WITHOUT_POINTER = {
-    "transformer": (*_PHASE_ONE, "recipe.context_dropout"),
-    "sliding_window": (*_PHASE_ONE, "recipe.context_dropout"),
-}
-"""What a model does not read besides where there is no pointer, which points at contexts."""
-
-POINTER = ("recipe.pointer_dim", "recipe.pointer_window", "recipe.pointer_values")
-"""What nothing reads without a pointer."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.report.markdown import leaves
 from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.unread import unread_keys
 
 Metrics = dict[str, Any]
 
@@ -18,24 +19,6 @@ STATUS = "status.json"
 
 NO_EFFECT = ("cache_dir", "embeddings", "trainer.enable_progress_bar")
 """Keys that change no number of a run."""
-
-_WINDOW = ("interval", "max_contexts", "selection")
-_PHASE_ONE = ("context_dim", "pretrain", "contexts")
-UNREAD = {
-    "context_kv": ("model.window_tokens",),
-    "cascade": (*_WINDOW, "heads", "model.window_tokens", "model.ffn_dim", "model.dropout", "recipe"),
-    "transformer": (*_WINDOW, "model.window_tokens"),
-    "sliding_window": _WINDOW,
-    "recurrence": (*_WINDOW, "heads", "model.window_tokens"),
-}
-UNREAD_WITHOUT_POINTER = {
-    "transformer": (*_PHASE_ONE, "recipe.context_dropout"),
-    "sliding_window": (*_PHASE_ONE, "recipe.context_dropout"),
-}
-POINTER = ("recipe.pointer_dim", "recipe.pointer_window", "recipe.pointer_values")
-"""Keys, or groups of them, that a model does not read, the last two where there is no pointer: two runs are not
-different by these. (`config` says the same to the front doors, which this package does not know; a test keeps them
-equal.)"""
 
 LATER = {
     "recipe.norm": "post",
@@ -169,11 +152,8 @@ def settings(metrics: Metrics) -> dict[str, Any]:
     config = metrics["config"]
     name, values = config["model"]["name"], dict(leaves(config))
     values |= {key: value for key, value in LATER.items() if key not in values}
-    unread = (*NO_EFFECT, *_unread(name, bool(values["recipe.pointer_heads"])))
-    if values["train.schedule"] == "constant":
-        unread = (*unread, "train.warmup_steps")
-    if values["data.source"] != "mqar":
-        unread = (*unread, "data.mqar")
+    pointer = bool(values["recipe.pointer_heads"])
+    unread = (*NO_EFFECT, *unread_keys(name, pointer, values["train.schedule"], values["data.source"]))
     kept = {key: _hashable(value) for key, value in values.items() if not _below(key, unread)}
     if kept.get("samples", 0) is None:
         kept["samples"] = metrics["data"]["train_documents"]
@@ -184,12 +164,7 @@ def settings(metrics: Metrics) -> dict[str, Any]:
 
 def reads(model: str, key: str, pointer: bool = False) -> bool:
     """Whether a model of this name, with a pointer or without one, reads this dotted key."""
-    return not _below(key, _unread(model, pointer))
-
-
-def _unread(model: str, pointer: bool) -> tuple[str, ...]:
-    always = UNREAD.get(model, ())
-    return always if pointer else (*always, *UNREAD_WITHOUT_POINTER.get(model, ()), *POINTER)
+    return not _below(key, unread_keys(model, pointer))
 
 
 def _below(key: str, groups: Sequence[str]) -> bool:

@@ -1,0 +1,26 @@
+"""Which configuration keys have no effect: for the front doors, which run equal experiments once, and for reports."""
+
+_WINDOW = ("interval", "max_contexts", "selection")
+_PHASE_ONE = ("context_dim", "pretrain", "contexts")
+_BY_MODEL = {
+    "context_kv": ("model.window_tokens",),
+    "cascade": (*_WINDOW, "heads", "model.window_tokens", "model.ffn_dim", "model.dropout", "recipe"),
+    "transformer": (*_WINDOW, "model.window_tokens"),
+    "sliding_window": _WINDOW,
+    "recurrence": (*_WINDOW, "heads", "model.window_tokens"),
+}
+_OF_CONTEXTS = (*_PHASE_ONE, "recipe.context_dropout")
+"""What a model that attends to tokens reads only if there is a pointer, which points at contexts."""
+_OF_POINTERS = ("recipe.pointer_dim", "recipe.pointer_window", "recipe.pointer_values")
+
+
+def unread_keys(model: str, pointer: bool, schedule: str = "linear", source: str = "mqar") -> tuple[str, ...]:
+    """Dotted keys, or groups of them, that a model of this name does not read, with a pointer or without one.
+
+    `schedule` and `source` are the values of `train.schedule` and `data.source`; the defaults read all of theirs.
+    """
+    found = _BY_MODEL.get(model, ())
+    if not pointer:
+        found = (*found, *_OF_POINTERS, *(_OF_CONTEXTS if model in ("transformer", "sliding_window") else ()))
+    found = found if schedule == "linear" else (*found, "train.warmup_steps")
+    return found if source == "mqar" else (*found, "data.mqar")

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.lm.attention import Selection, attend, slot_weights
 from ctxkv_lightning.lm.head import frozen_cross_entropy, score
-from ctxkv_lightning.lm.output import Output
+from ctxkv_lightning.lm.output import Asked, Output
 from ctxkv_lightning.lm.pretrained import PretrainedModule
 from ctxkv_lightning.lm.recipe import Norm, Recipe
 
@@ -102,33 +102,18 @@ class TiedLM(PretrainedModule):
             embeddings = self.embed(tokens[:, tokens.shape[1] - T :])
         return self(self.embedding_dropout(embeddings), memory, first)
 
-    def loss(
-        self,
-        hidden: Tensor,
-        memory: Tensor,
-        tokens: Tensor,
-        targets: Tensor,
-        counted: Tensor | None,
-        first: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Summed loss in nats, and its parts (n,), of the positions that count; shapes as in `Output.loss`."""
+    def loss(self, hidden: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
+        """Summed loss in nats, and its parts (n,), of the positions that count among states (B, T, D)."""
         if self.output is not None:
-            return self.output.loss(hidden, self.table, memory, tokens, targets, counted, first)
-        flat = hidden.flatten(0, 1)
+            return self.output.loss(hidden, self.table, asked)
+        flat, counted, targets = hidden.flatten(0, 1), asked.counted, asked.targets
         nll = frozen_cross_entropy(flat if counted is None else flat[counted], self.table, targets)
         return nll.sum(), nll.detach()
 
     @torch.no_grad()
-    def score(
-        self,
-        hidden: Tensor,
-        memory: Tensor,
-        tokens: Tensor,
-        targets: Tensor,
-        counted: Tensor | None,
-        first: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def score(self, hidden: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
         """Losses (n,) in nats, fp32, and whether the target was the likeliest token (n,); shapes as in `loss`."""
+        memory, tokens, targets, counted, first = asked
         if self.output is None:
             flat = hidden.flatten(0, 1)
             return score(flat if counted is None else flat[counted], self.table, targets)

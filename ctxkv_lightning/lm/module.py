@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 from ctxkv_lightning.datamodule import Windows
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.attention import Selection
+from ctxkv_lightning.lm.output import Asked
 from ctxkv_lightning.lm.perplexity import Perplexity
 from ctxkv_lightning.lm.rivals import ModelName, build_model
 
@@ -24,8 +25,6 @@ Schedule = Literal["constant", "linear"]
 
 LAST_RATE = 0.02
 """Of a linear schedule, at its end."""
-
-Read = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 LOOK_EVERY = 16
 """Steps between two looks at whether the loss is still finite, where looking stalls the device."""
@@ -81,8 +80,8 @@ class ContextKVLMModule(L.LightningModule):
                 self.model.load_start(data.unigram_counts())
 
     def training_step(self, batch: Windows, batch_index: int) -> Tensor:
-        hidden, read = self._hidden(batch)
-        total, nll = self.model.loss(hidden, *read)
+        hidden, asked = self._hidden(batch)
+        total, nll = self.model.loss(hidden, asked)
         # Ranks get different numbers of tokens, and their gradients are averaged.
         loss = total / (batch.total / self.trainer.world_size)
         self._refuse_broken_updates(loss.detach(), batch_index)
@@ -170,14 +169,14 @@ class ContextKVLMModule(L.LightningModule):
         rising = min(1.0, (step + 1) / max(1, self.hparams["warmup_steps"]))
         return rising * max(LAST_RATE, 1 - step / max(1, steps))
 
-    def _hidden(self, batch: Windows) -> tuple[Tensor, Read]:
+    def _hidden(self, batch: Windows) -> tuple[Tensor, Asked]:
         """Hidden states (B, T, D), and what the loss reads besides."""
         T, memory = batch.embeddings.shape[1], self.model.dropped(batch.memory)
         hidden = self.model.states(batch.tokens, memory, T, batch.first, batch.embeddings)
-        return hidden, (memory, batch.tokens, batch.targets, batch.counted, batch.first)
+        return hidden, Asked(memory, batch.tokens, batch.targets, batch.counted, batch.first)
 
     def _score(self, batch: Windows) -> tuple[Tensor, Tensor]:
         """Losses (n,) in nats and hits (n,) of the positions that count."""
-        hidden, read = self._hidden(batch)
-        nll, hits = self.model.score(hidden, *read)
+        hidden, asked = self._hidden(batch)
+        nll, hits = self.model.score(hidden, asked)
         return nll, hits.float()

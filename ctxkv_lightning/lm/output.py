@@ -1,6 +1,7 @@
 """From final states to probabilities where a `Recipe` adds to the tied head: norm, projection, bias, pointer."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,16 @@ from torch import Tensor, nn
 from ctxkv_lightning.lm.head import mixed_cross_entropy
 from ctxkv_lightning.lm.pointer import BLOCK, CachePointer, Pointed
 from ctxkv_lightning.lm.recipe import Recipe
+
+
+class Asked(NamedTuple):
+    """What a loss needs besides final states (B, T, D); memory and tokens begin with S positions of history."""
+
+    memory: Tensor  # (B, S+T, C)
+    tokens: Tensor  # (B, S+T)
+    targets: Tensor  # (n,), what follows each position that counts
+    counted: Tensor | None  # (n,), which of the B·T positions count; None when all do
+    first: Tensor | None  # (B,), index of a row's first existing position of memory; None when all exist
 
 
 class Output(nn.Module):
@@ -32,21 +43,9 @@ class Output(nn.Module):
                 embedding_dim, context_dim, recipe.pointer_heads, dim, window, recipe.pointer_values
             )
 
-    def loss(
-        self,
-        hidden: Tensor,
-        table: Tensor,
-        memory: Tensor,
-        tokens: Tensor,
-        targets: Tensor,
-        counted: Tensor | None,
-        first: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Summed loss, and its parts (n,), of the positions that count among final states (B, T, D).
-
-        The memory (B, S+T, C) and tokens (B, S+T) begin with S positions of history; `targets` (n,) follow the
-        positions `counted` (n,) of the B·T, of all where that is None.
-        """
+    def loss(self, hidden: Tensor, table: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
+        """Summed loss, and its parts (n,), of the positions that count among final states (B, T, D)."""
+        memory, tokens, targets, counted, first = asked
         state = self.norm(hidden)
         share = mass = state.new_zeros(state.shape[:2], dtype=torch.float32)
         if self.pointer is not None:
@@ -61,7 +60,7 @@ class Output(nn.Module):
     def log_probabilities(
         self, hidden: Tensor, table: Tensor, memory: Tensor, tokens: Tensor, first: Tensor | None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """log p (B, n, V), fp32, of what follows each position, n at most `BLOCK`; shapes as in `loss`."""
+        """log p (B, n, V), fp32, of what follows each position, n at most `BLOCK`; shapes as in `Asked`."""
         state = self.norm(hidden)
         if self.pointer is None:
             for start in range(0, hidden.shape[1], BLOCK):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ctxkv_lightning.context.solve import solve_contexts
 from ctxkv_lightning.lm.model import ContextKVLM, TiedLM
+from ctxkv_lightning.lm.output import Asked
 from ctxkv_lightning.lm.rivals import TransformerLM
 
 BLOCK = 2048
@@ -32,7 +33,7 @@ def score_tokens(model: TiedLM, tokens: Tensor, given: int = 1) -> tuple[Tensor,
         rows, ids = memory[None, reach], tokens[None, reach]
         hidden = model.states(ids, rows, stop - start)
         counted = torch.arange(first - start, stop - start, device=tokens.device)
-        loss, hit = model.score(hidden, rows, ids, tokens[first + 1 : stop + 1], counted, None)
+        loss, hit = model.score(hidden, Asked(rows, ids, tokens[first + 1 : stop + 1], counted, None))
         losses.append(loss)
         hits.append(hit)
     return torch.cat(losses), torch.cat(hits)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ctxkv_lightning.lm import pointer as pointer_module
 from ctxkv_lightning.lm.head import mixed_cross_entropy
 from ctxkv_lightning.lm.model import ContextKVLM
-from ctxkv_lightning.lm.output import Output
+from ctxkv_lightning.lm.output import Asked, Output
 from ctxkv_lightning.lm.recipe import Recipe
 from ctxkv_lightning.lm.rivals import build_model
 from tests import oracles
@@ -75,7 +75,7 @@ def test_the_loss_is_that_of_the_probabilities(heads, some):
     parts = output.log_probabilities(hidden, table, contexts, tokens, None)
     log_p = torch.cat([log_p for _, log_p in parts], dim=1).flatten(0, 1)
     expected = -(log_p if counted is None else log_p[counted]).gather(1, targets[:, None])[:, 0]
-    total, nll = output.loss(hidden, table, contexts, tokens, targets, counted, None)
+    total, nll = output.loss(hidden, table, Asked(contexts, tokens, targets, counted, None))
     torch.testing.assert_close(nll, expected.detach())
     torch.testing.assert_close(total, expected.sum())
 

@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.harness import in_fresh_process, parse, parser, save, seconds_of
 from benchmarks.workload import FULL, QUICK, Sizes, endless, our_model, our_step, random_stream, random_table
-from ctxkv_lightning.datamodule import WindowLoader
 from ctxkv_lightning.run.machine import keep_freed_memory
+from ctxkv_lightning.windows import WindowLoader
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.harness import pairs, parse, parser, save, spread
 from benchmarks.workload import FULL, QUICK, endless, our_model, our_step, random_stream, random_table
-from ctxkv_lightning.datamodule import WindowLoader
 from ctxkv_lightning.run.machine import keep_freed_memory
+from ctxkv_lightning.windows import WindowLoader
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

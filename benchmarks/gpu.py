@@ -32,12 +32,12 @@ from benchmarks.workload import (
 )
 from ctxkv_lightning import pipeline
 from ctxkv_lightning.config import Config, EmbeddingConfig, TrainConfig
-from ctxkv_lightning.datamodule import WindowLoader
 from ctxkv_lightning.errors import EXIT_CODE
 from ctxkv_lightning.report.page import write_report
 from ctxkv_lightning.run.callbacks import Stages, announcing
 from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.store import create_array, get_or_build
+from ctxkv_lightning.windows import WindowLoader
 
 V = 50_257
 TRAIN_TOKENS = 122_794

@@ -41,9 +41,9 @@ from benchmarks.workload import (
     random_stream,
     random_table,
 )
-from ctxkv_lightning.datamodule import Stream, WindowLoader
 from ctxkv_lightning.run.machine import keep_freed_memory
 from ctxkv_lightning.store import create_array
+from ctxkv_lightning.windows import Stream, WindowLoader
 
 STEPS = 4
 """Steps' worth of positions in the stream."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctxkv_lightning.context.encoder import ContextEncoder
-from ctxkv_lightning.datamodule import Stream
+from ctxkv_lightning.windows import Stream
 
 STEP = 8880
 SWEEPS = 40

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.published import PublishedLM, Split, make_optimizer, train_step
-from ctxkv_lightning.datamodule import Stream, WindowLoader, Windows
 from ctxkv_lightning.lm.head import CHUNK, frozen_cross_entropy
 from ctxkv_lightning.lm.model import ContextKVLM
 from ctxkv_lightning.run.machine import cpu_multiplies_bf16
+from ctxkv_lightning.windows import Stream, WindowLoader, Windows
 
 
 @dataclass(frozen=True)

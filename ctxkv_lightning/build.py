@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ctxkv_lightning.config import Config, RecipeConfig
-from ctxkv_lightning.datamodule import COUNTED, SPLITS, WINDOW, ContextDataModule, counted_tokens
+from ctxkv_lightning.datamodule import COUNTED, SPLITS, ContextDataModule, counted_tokens
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
 from ctxkv_lightning.run.callbacks import log
@@ -21,6 +21,7 @@ from ctxkv_lightning.store import Store, create_array, get_or_build
 from ctxkv_lightning.text import conversations, embedding, mqar, ngram, tokenizer
 from ctxkv_lightning.text.corpus import SEPARATOR, Corpus, Document, read_pydocs, split
 from ctxkv_lightning.text.files import read_files
+from ctxkv_lightning.windows import WINDOW
 
 ENCODERS: dict[str, tuple[tuple[int, int], ...]] = {
     "context_kv": ((0, 1),),
@@ -151,12 +152,13 @@ def build_data(config: Config, text: Text, table: Store) -> ContextDataModule:
         contexts_dtype=config.contexts.dtype,  # type: ignore[arg-type]
         seed=config.seed,
         processes=config.trainer.devices * config.trainer.num_nodes,
+        ngram=config.recipe.ngram and config.model.name != "cascade",
     )
 
 
 def reach(config: Config) -> tuple[int, int]:
     """Positions of history that the model reads before a window, and what windows are aligned to."""
-    pointed = config.recipe.pointer_window if config.recipe.pointer_heads else 0
+    pointed = config.recipe.pointer_window if config.recipe.pointer_heads else int(config.recipe.ngram)
     match config.model.name:
         case "context_kv":
             on_grid, history = config.selection == "grid", (config.max_contexts - 1) * max(config.intervals)

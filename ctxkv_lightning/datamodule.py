@@ -7,9 +7,9 @@ only in those share one store. Everything is memory-mapped; nothing here is trai
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -22,51 +22,15 @@ from ctxkv_lightning.context.parts import solve_in_parts
 from ctxkv_lightning.context.pretrain import load_encoder
 from ctxkv_lightning.context.solve import solve_contexts
 from ctxkv_lightning.store import Store, create_array, get_or_build
+from ctxkv_lightning.text.ngram import EVIDENCE, KneserNeyTrigram, held_out
+from ctxkv_lightning.windows import RunLoader, Stream, WindowLoader
 
 SPLITS = ("train", "validation", "test")
 COUNTED = "{}_counted"  # the array of a token store that says which tokens of a split are scored, where not all are
-WINDOW = 1110  # positions in a window: eight make the published step of 8,880
 ROWS_AT_A_TIME = 1 << 16
 LONG_STREAM = 1_000_000  # tokens from which starting more processes pays
 RESIDENT_SHARE = 0.25
 """Part of a device's free memory that one stream may take; the rest is for the model and its step."""
-
-
-class Run(NamedTuple):
-    """A Phase 1 batch: n contiguous positions of the training stream."""
-
-    start: int
-    embeddings: Tensor  # (distinct, D), normalised, one row per distinct token
-    inverse: Tensor  # (n,), the row of each position
-
-
-class Windows(NamedTuple):
-    """A Phase 2 batch: B windows of T positions with S contexts of history each."""
-
-    tokens: Tensor  # (B, S+T), those of the history before the window's own
-    targets: Tensor  # (n,), the token after each position that counts, row by row
-    counted: Tensor | None  # (n,), which of the B·T positions count; None when all do
-    embeddings: Tensor  # (B, T, D), normalised
-    memory: Tensor  # (B, S+T, C) contexts, of several encoders side by side, or (B, S+T, D) embeddings
-    first: Tensor | None  # (B,), index of a row's first existing position of memory; None when all exist
-    total: int  # positions that count in this step, over all ranks
-
-
-class Stream(NamedTuple):
-    """One split as stored tensors; `rows` says which row of `embeddings` each position has."""
-
-    tokens: Tensor  # (N,)
-    embeddings: Tensor  # (V, D) or (N, D)
-    rows: Tensor  # (N,)
-    contexts: tuple[Tensor, ...]  # (N, C) of each encoder; none where the memory is the embeddings
-    counted: Tensor | None = None  # (N,), which tokens are scored; None when all are. Stays on the CPU, which chooses
-
-    def to(self, device: torch.device) -> "Stream":
-        tokens, embeddings, rows = (tensor.to(device) for tensor in self[:3])
-        return Stream(tokens, embeddings, rows, tuple(tensor.to(device) for tensor in self.contexts), self.counted)
-
-    def bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self[:3], *self.contexts))
 
 
 class ContextDataModule(L.LightningDataModule):
@@ -78,7 +42,7 @@ class ContextDataModule(L.LightningDataModule):
     Windows begin at multiples of `alignment`. `embeddings="table"` stores the normalised table once, `"tokens"` a row
     per token: the same numbers. `contexts_dtype` is what contexts are stored in; they are solved and read as fp32.
     `prepare_data` builds what is missing, the contexts of long streams with so many `processes`; `setup` opens it, on
-    the GPU if it fits.
+    the GPU if it fits. With `ngram`, training windows bring what counting the rest of the text says of each position.
     """
 
     def __init__(
@@ -97,6 +61,7 @@ class ContextDataModule(L.LightningDataModule):
         contexts_dtype: Literal["float32", "bfloat16"] = "float32",
         seed: int = 42,
         processes: int = 1,
+        ngram: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -132,6 +97,10 @@ class ContextDataModule(L.LightningDataModule):
         """How often each token stands in the training stream, fp32 (V,)."""
         return torch.bincount(self._tokens("train"), minlength=len(self.table)).float()
 
+    def trigram(self) -> KneserNeyTrigram:
+        """The trigram of the whole training stream."""
+        return KneserNeyTrigram(self.token_store.array("train"), len(self.table))
+
     def encoders(self) -> list[ContextEncoder]:
         """The frozen encoders of Phase 1; none before it, or where none is needed."""
         return [load_encoder(Store.open(folder)) for folder in self.encoder_folders]
@@ -148,12 +117,14 @@ class ContextDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         self.normalised_store()
         self.context_stores()
+        if self.hparams["ngram"]:
+            self.ngram_store()
 
     def setup(self, stage: str) -> None:
         if not self.in_phase_one and not self.streams:
             self.streams = {split: self._stream(split) for split in SPLITS}
 
-    def train_dataloader(self) -> "RunLoader | WindowLoader":
+    def train_dataloader(self) -> RunLoader | WindowLoader:
         if self.in_phase_one:
             tokens, table = self._tokens("train")[self.pretrain_rows], self._normalised_table()
             return RunLoader(tokens, table, self.hparams["pretrain_batch_tokens"])
@@ -168,10 +139,10 @@ class ContextDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._progress = state_dict
 
-    def val_dataloader(self) -> "WindowLoader | list[Any]":
+    def val_dataloader(self) -> WindowLoader | list[Any]:
         return [] if self.in_phase_one else self._windows("validation")
 
-    def test_dataloader(self) -> "WindowLoader":
+    def test_dataloader(self) -> WindowLoader:
         return self._windows("test")
 
     def normalised_store(self) -> Store:
@@ -222,6 +193,16 @@ class ContextDataModule(L.LightningDataModule):
 
         return get_or_build(self.hparams["cache_dir"], "contexts", key, build)
 
+    def ngram_store(self) -> Store:
+        """What `held_out` says of the training stream: array `train` (N, 3)."""
+        V, ids = len(self.table), self.token_store.array("train")
+
+        def build(folder: Path) -> None:
+            create_array(folder, "train", (len(ids), EVIDENCE), np.float32)[:] = held_out(ids, V)
+
+        key = {"tokens": self.token_store.content, "vocab_size": V}
+        return get_or_build(self.hparams["cache_dir"], "ngram", key, build)
+
     def sizes(self) -> dict[str, int]:
         """Bytes of the stored contexts and embeddings by split, and of the embeddings in either way of storing them."""
         tokens = {split: len(self.token_store.array(split)) for split in SPLITS}
@@ -244,7 +225,9 @@ class ContextDataModule(L.LightningDataModule):
         contexts = tuple(self._as_contexts(store.array(split)) for store in self.context_stores())
         counted = counted_tokens(self.token_store, split)
         scored = None if counted is None else torch.from_numpy(counted)
-        return self._resident(Stream(tokens, torch.from_numpy(embeddings), rows, contexts, scored))
+        of_counts = split == "train" and self.hparams["ngram"]
+        ngram = torch.from_numpy(self.ngram_store().array("train")) if of_counts else None
+        return self._resident(Stream(tokens, torch.from_numpy(embeddings), rows, contexts, scored, ngram))
 
     @property
     def _stored_type(self) -> type[np.generic]:
@@ -261,7 +244,7 @@ class ContextDataModule(L.LightningDataModule):
             return stream
         return stream.to(device)
 
-    def _windows(self, split: str, shuffle: bool = False) -> "WindowLoader":
+    def _windows(self, split: str, shuffle: bool = False) -> WindowLoader:
         options = (self.hparams[name] for name in ("history", "batch_tokens", "alignment"))
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         seed = self.hparams["seed"] if shuffle else None
@@ -288,113 +271,3 @@ def stored_bytes(tokens: Mapping[str, int], V: int, D: int, C: int, context_byte
         "as_table": V * D * 4,
         "as_tokens": sum(tokens.values()) * D * 4,
     }
-
-
-class RunLoader:
-    """The training stream in contiguous runs of at most `batch_tokens`, in order."""
-
-    def __init__(self, tokens: Tensor, table: Tensor, batch_tokens: int) -> None:
-        self.tokens, self.table, self.batch_tokens = tokens, table, batch_tokens
-
-    def __len__(self) -> int:
-        return -(-len(self.tokens) // self.batch_tokens)
-
-    def __iter__(self) -> Iterator[Run]:
-        for start in range(0, len(self.tokens), self.batch_tokens):
-            distinct, inverse = torch.unique(self.tokens[start : start + self.batch_tokens], return_inverse=True)
-            yield Run(start, self.table[distinct], inverse)
-
-
-class WindowLoader:
-    """Windows over one stream; every position that has a next token counts exactly once a pass.
-
-    All windows have the same length, as even as the stream allows, and begin at multiples of `alignment`. The last
-    is moved back to end with the stream, or as soon after it as its alignment allows; what it shares with the one
-    before it, and what lies behind the stream, does not count, nor do tokens that the stream says are not scored.
-    With a `seed`, the order of the windows is drawn anew each pass, as a function of (seed, pass). Of each step's
-    windows, rank r of R gets its share; `batch_tokens` is what all of them read.
-    """
-
-    def __init__(
-        self,
-        stream: Stream,
-        history: int,
-        batch_tokens: int,
-        alignment: int = 1,
-        *,
-        seed: int | None = None,
-        rank: int = 0,
-        ranks: int = 1,
-    ) -> None:
-        self.stream, self.history, self.seed = stream, history, seed
-        self.rank, self.ranks = rank, ranks
-        self.passes = self._done = self._goes_on_at = 0
-        self.positions = len(stream.tokens) - 1
-        windows = -(-self.positions // min(WINDOW, batch_tokens))
-        self.length = -(-self.positions // windows // alignment) * alignment
-        self.windows = -(-self.positions // self.length)
-        self.last_start = max(0, -(-(self.positions - self.length) // alignment) * alignment)
-        self.batches = -(-self.windows // max(1, batch_tokens // self.length))
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[Windows]:
-        order = torch.arange(self.windows)
-        if self.seed is not None:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.passes)
-            order = torch.randperm(self.windows, generator=generator)
-        self.passes, self._done, self._goes_on_at = self.passes + 1, self._goes_on_at, 0
-        for chosen in order.tensor_split(self.batches)[self._done :]:
-            self._done += 1
-            yield self.batch(chosen.tensor_split(self.ranks)[self.rank], self._counted(chosen), chosen[:1])
-
-    def state_dict(self) -> dict[str, int]:
-        """Passes begun, and batches handed out in the last of them."""
-        return {"passes": self.passes, "done": self._done}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """The next pass is the rest of the one that was broken off, if one was."""
-        half_way = 0 < state["done"] < self.batches
-        self.passes = state["passes"] - half_way
-        self._goes_on_at = state["done"] if half_way else 0
-
-    def _counted(self, chosen: Tensor) -> int:
-        """Positions that count in these windows; 1 for none, so that a loss can be divided by it."""
-        if self.stream.counted is None:
-            return int((self.positions - chosen * self.length).clamp_max(self.length).sum())
-        parts = (self.stream.counted[1:][start : start + self.length] for start in (chosen * self.length).tolist())
-        return max(1, sum(int(part.count_nonzero()) for part in parts))
-
-    def batch(self, chosen: Tensor, total: int, stand_in: Tensor) -> Windows:
-        """The windows of these numbers (B,); if there are none, `stand_in`, of which nothing counts."""
-        nothing = len(chosen) == 0
-        chosen = stand_in if nothing else chosen
-        own = chosen * self.length
-        starts = own.clamp_max(self.last_start)
-        positions = starts[:, None] + torch.arange(self.length)
-        counts = ((positions >= own[:, None]) & (positions < self.positions)).flatten() & (not nothing)
-        if self.stream.counted is not None:
-            counts &= self.stream.counted[(positions + 1).clamp_max(self.positions)].flatten()
-        counted = None if bool(counts.all()) else counts.nonzero().flatten()
-        device = self.stream.tokens.device
-        targets = self.stream.tokens[positions.flatten()[counts].to(device) + 1]
-        first = (self.history - starts).clamp_min(0)
-        reach = starts[:, None] + torch.arange(-self.history, self.length)
-        positions, reach = (x.clamp(0, self.positions).to(device) for x in (positions, reach))
-        embeddings = self.stream.embeddings[self.stream.rows[positions]]
-        return Windows(
-            self.stream.tokens[reach],
-            targets,
-            None if counted is None else counted.to(device),
-            embeddings,
-            self._memory(reach),
-            first.to(device) if bool(first.any()) else None,
-            total,
-        )
-
-    def _memory(self, reach: Tensor) -> Tensor:
-        """What stands at these positions (B, S+T): contexts side by side, or embeddings where there are none."""
-        if not self.stream.contexts:
-            return self.stream.embeddings[self.stream.rows[reach]]
-        return torch.cat([contexts[reach].float() for contexts in self.stream.contexts], dim=-1)

@@ -45,9 +45,7 @@ def load_weights(module: ContextKVLMModule, source: str, data: ContextDataModule
     try:
         module.load_state_dict(weights, strict=False)
         module.starts_fresh = False
-        other = set(dict(module.model.named_parameters(prefix="model"))) ^ {
-            k for k in weights if k.startswith("model.")
-        }
+        other = set(module.model.state_dict(prefix="model.")) ^ {k for k in weights if k.startswith("model.")}
         if other:
             raise RuntimeError(f"only one of the two has {sorted(other)[0]}")
         norm = Recipe(**(checkpoint["hyper_parameters"].get("recipe") or {})).norm

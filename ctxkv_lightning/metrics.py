@@ -73,3 +73,12 @@ def describe_decode_state(model: TiedLM) -> dict[str, Any]:
         "tensors": {name: list(tensor.shape) for name, tensor in kept_tensors(model, READ[1]).items()},
         "bytes": {str(tokens): state_bytes(model, tokens) for tokens in READ},
     }
+
+
+def describe_ngram(model: TiedLM) -> dict[str, int] | None:
+    """What was counted, and its bytes beside the parameters; None where the recipe has no voice for counts."""
+    expert = None if model.output is None else model.output.ngram
+    if expert is None:
+        return None
+    size = sum(table.numel() * table.element_size() for table in expert.buffers())
+    return {"bigrams": len(expert.bigram_grams), "trigrams": len(expert.trigram_grams), "bytes": size}

@@ -36,6 +36,7 @@ from ctxkv_lightning.metrics import (
     describe_attention,
     describe_contexts,
     describe_decode_state,
+    describe_ngram,
     describe_pretrain,
     describe_window,
 )
@@ -308,6 +309,7 @@ def collect_metrics(
             "sha256": text.tokens.content,
         },
         "parameters": trained.module.model.parameter_counts(),
+        "ngram": describe_ngram(trained.module.model),
         "window": describe_window(trained.module.model, data.train_tokens),
         "pretrain": describe_pretrain(encoders),
         "contexts": describe_contexts(contexts, data),

@@ -130,6 +130,8 @@ class RecipeConfig:
     """Contexts that the pointer looks back on: (max_contexts-1) × interval are kept anyway."""
     pointer_values: bool = False
     """What is pointed at is also read into the final state, as attention reads values."""
+    ngram: bool = False
+    """The Kneser-Ney trigram of the training text speaks too; in training, that of the text's other nine tenths."""
 
 
 @dataclass

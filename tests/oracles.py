@@ -143,25 +143,29 @@ def step_by_step_nll(model, tokens: Tensor) -> Tensor:
     return torch.stack(losses)
 
 
-def pointer_probabilities(output, hidden: Tensor, table: Tensor, contexts: Tensor, tokens: Tensor, t: int) -> Tensor:
+def mixed_probabilities(output, hidden: Tensor, table: Tensor, contexts: Tensor, tokens: Tensor, t: int, trigram):
     """p (V,) after position t of a text with contexts (N, C) and tokens (N,), from its final state: by the formula."""
-    pointer, state = output.pointer, output.norm(hidden)
+    pointer, gate, state = output.pointer, output.gate, output.norm(hidden)
     past = range(max(0, t - pointer.window), t)
-    evidence, pointed = [], []
+    evidence, voices = [], []
     for h in range(pointer.heads):
         query = contexts[t] @ pointer.from_context[h] + pointer.norm(state) @ pointer.from_state[h]
         scores = [query @ (contexts[i] @ pointer.key[h]) - pointer.recency[h] * math.log(t - i) for i in past]
         p = torch.zeros(len(table))
         for i, score in zip(past, scores, strict=True):
             p[tokens[i + 1]] += (score - torch.stack(scores).logsumexp(0)).exp()
-        pointed.append(p)
-        evidence.append(torch.stack(scores).logsumexp(0).clamp_min(-20) / 10 if scores else torch.tensor(0.0))
+        voices.append(p)
+        evidence.append(torch.stack(scores).logsumexp(0).clamp_min(-20) / 10 if scores else torch.tensor(-2.0))
     if pointer.value is not None:
         embeddings = torch.stack([F.layer_norm(row, row.shape) for row in table])
-        state = state + pointer.value(torch.cat([p @ embeddings for p in pointed]))
-    own = (table @ output.projection(state) + output.bias).softmax(dim=0)
+        state = state + pointer.value(torch.cat([p @ embeddings for p in voices]))
+    voices.insert(0, (table @ output.projection(state) + output.bias).softmax(dim=0))
+    if output.ngram is not None:
+        before = int(tokens[t - 1]) if t else len(table)
+        p = [float(trigram.conditional(before, int(tokens[t]), w)) for w in range(len(table))]
+        voices.append(torch.tensor(p))
+        evidence += torch.tensor(trigram.handed_down(before, int(tokens[t]))).float()
+    chosen = gate.linear.weight @ torch.cat([gate.norm(state), torch.stack(evidence)]) + gate.linear.bias
     if not past:
-        return own
-    read = torch.cat([pointer.norm(state), torch.stack(evidence)])
-    shares = (pointer.gate.weight @ read + pointer.gate.bias).softmax(dim=0)
-    return shares[0] * own + sum(share * p for share, p in zip(shares[1:], pointed, strict=True))
+        chosen[1 : 1 + pointer.heads] = -torch.inf
+    return sum(share * p for share, p in zip(chosen.softmax(dim=0), voices, strict=True))

@@ -35,6 +35,7 @@ RECIPE = RecipeConfig(
     pointer_dim=8,
     pointer_window=30,
     pointer_values=True,
+    ngram=True,
 )
 TRAIN = TrainConfig(batch_tokens=3400, max_epochs=3, patience=9, schedule="linear", warmup_steps=4, lr=0.003)
 MODELS = ["context_kv", "transformer", "sliding_window", "recurrence"]
@@ -108,6 +109,8 @@ def test_a_finished_run_says_what_it_keeps_exports_and_writes(model, tmp_path):
     assert kept["followers"] == [1, 30]
     assert metrics["contexts"]["seam_error"] <= 1e-5
     assert metrics["parameters"]["output"] > 0
+    assert metrics["ngram"]["bytes"] > 12 * metrics["ngram"]["trigrams"] > 12 * metrics["ngram"]["bigrams"] > 0
+    assert f"{metrics['ngram']['trigrams']:,} trigrams of the training text" in (run / "report.md").read_text()
     trained = open_trained(run)
     exported = open_trained(export_run(run, tmp_path / "exported"))
     texts = [Writer(one, Sampler(seed=1), max_tokens=20).text("Zeile 1") for one in (trained, exported)]

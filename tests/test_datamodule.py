@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from ctxkv_lightning import datamodule
 from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.context.pretrain import save_encoder
-from ctxkv_lightning.datamodule import SPLITS, ContextDataModule, Stream, WindowLoader
+from ctxkv_lightning.datamodule import SPLITS, ContextDataModule
 from ctxkv_lightning.store import create_array, get_or_build
+from ctxkv_lightning.text.ngram import KneserNeyTrigram, held_out
+from ctxkv_lightning.windows import Stream, WindowLoader
 from tests.oracles import contexts_step_by_step
 
 V, D, C = 11, 8, 4
@@ -148,7 +150,7 @@ def test_every_position_counts_once_a_pass_and_sees_its_own_past(N, window, hist
         torch.arange(N), torch.arange(N)[:, None] * 10.0, torch.arange(N), (torch.arange(N)[:, None] * 1.0,)
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datamodule, "WINDOW", window)
+        patch.setattr("ctxkv_lightning.windows.WINDOW", window)
         loader = WindowLoader(stream, history, batch, alignment, seed=seed)
         batches = list(loader)
     assert len(batches) == len(loader)
@@ -177,7 +179,7 @@ def test_order_is_a_function_of_seed_and_pass():
         return torch.cat([windows.tokens.flatten() for windows in loader])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datamodule, "WINDOW", 10)
+        patch.setattr("ctxkv_lightning.windows.WINDOW", 10)
         one, same, other = (WindowLoader(stream, 3, 50, seed=seed) for seed in (1, 1, 2))
         in_order = WindowLoader(stream, 3, 50)
     first = order(one)
@@ -202,7 +204,7 @@ def test_a_loader_goes_on_where_its_state_was_taken(stop):
         return seen
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datamodule, "WINDOW", 10)
+        patch.setattr("ctxkv_lightning.windows.WINDOW", 10)
         whole, first, second = (WindowLoader(stream, 0, 10, seed=3) for _ in range(3))
     expected = batches(whole, 14)
     before = batches(first, stop)
@@ -222,7 +224,7 @@ def test_ranks_share_each_step_of_one_process(N, window, batch, ranks, seed):
     ids = torch.arange(N)
     stream = Stream(ids, ids[:, None] * 10.0, ids, (ids[:, None] * 1.0,))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datamodule, "WINDOW", window)
+        patch.setattr("ctxkv_lightning.windows.WINDOW", window)
         alone = list(WindowLoader(stream, 3, batch, seed=seed))
         shares = [list(WindowLoader(stream, 3, batch, seed=seed, rank=rank, ranks=ranks)) for rank in range(ranks)]
     assert {len(share) for share in shares} == {len(alone)}
@@ -258,3 +260,22 @@ def test_of_a_stream_that_is_scored_in_part_exactly_these_tokens_count(positions
             assert torch.equal(windows.targets, (read if windows.counted is None else read[windows.counted]) + 1)
         found += targets.tolist()
     assert sorted(found) == marked[1:].nonzero().flatten().add(1).tolist()
+
+
+def test_training_windows_bring_what_counting_the_rest_of_the_text_says(stores, tmp_path):
+    """Of each of their positions, and no other split's windows do."""
+    data = opened(stores, tmp_path, history=3, batch_tokens=10, ngram=True)
+    ids = data.token_store.array("train")
+    said, seen = held_out(ids, V), 0
+    for batch in data.train_dataloader():
+        T = batch.embeddings.shape[1]
+        for b in range(len(batch.tokens)):
+            own = batch.tokens[b, -T:]
+            start = next(
+                i for i in range(len(ids) - T + 1) if torch.equal(torch.from_numpy(ids[i : i + T]).long(), own)
+            )
+            torch.testing.assert_close(batch.ngram[b], torch.from_numpy(said[start : start + T]).float())
+            seen += 1
+    assert seen == len(data.train_dataloader())
+    assert next(iter(data.val_dataloader())).ngram is None
+    assert (data.trigram().probabilities(ids) == KneserNeyTrigram(ids, V).probabilities(ids)).all()

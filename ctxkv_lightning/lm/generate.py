@@ -108,6 +108,8 @@ class Decoder:
             self._make_rings()
         if self.model.recipe.pointer_heads:
             self._make_pointer(self.model.recipe.pointer_window)
+        if self.model.recipe.ngram:  # the token before the current one: none
+            self.state["before"] = self._zeros().int().fill_(self.model.embedding.num_embeddings)
 
     def _make_rings(self) -> None:
         attention, groups = self._attention, head_groups(self._attention.intervals)
@@ -167,10 +169,14 @@ class Decoder:
         output = self.model.output
         if output is None:
             return self.model.logits(hidden)
-        state = output.norm(hidden[:, None])
-        if output.pointer is None:
-            return output.own(state, self.model.table)[:, 0]
-        return output.mixed(self._pointed(output.pointer, state, tokens), self.model.table)[:, 0]
+        state, pointed, counted = output.norm(hidden[:, None]), None, None
+        if output.pointer is not None:
+            pointed = self._pointed(output.pointer, state, tokens)
+            state = pointed.state
+        if output.ngram is not None:
+            counted = output.count(self.state["before"][:, None].long(), tokens[:, None])
+            self.state["before"].copy_(tokens)
+        return output.mixed(state, self.model.table, pointed, counted)[:, 0]
 
     def _pointed(self, pointer: CachePointer, state: Tensor, tokens: Tensor) -> Pointed:
         """What the pointer says after tokens (B,), which are noted as the followers of the position before."""
@@ -269,6 +275,8 @@ class Decoder:
             self._fill_rings(self.model.embed(tokens[:, first:]), first, of_tokens=True)
         if "followers" in self.state:
             self._fill_followers(tokens)
+        if "before" in self.state:
+            self.state["before"].copy_(tokens[:, -1])
 
     def _fill_contexts(self, tokens: Tensor) -> None:
         """The current contexts after these tokens (B, n), and what is kept of those before."""

@@ -21,6 +21,7 @@ from ctxkv_lightning.lm.head import frozen_cross_entropy, score
 from ctxkv_lightning.lm.output import Asked, Output
 from ctxkv_lightning.lm.pretrained import PretrainedModule
 from ctxkv_lightning.lm.recipe import Norm, Recipe
+from ctxkv_lightning.text.ngram import KneserNeyTrigram
 
 UNSEEN = 0.1
 """Added to every token's count where a bias starts from counts."""
@@ -59,6 +60,11 @@ class TiedLM(PretrainedModule):
         self.embedding.weight.data.copy_(table)
         for own, trained in zip(self.encoders(), encoders, strict=True):
             own.load_state_dict(trained.state_dict())
+
+    def load_counts(self, trigram: KneserNeyTrigram) -> None:
+        """Takes what was counted in the training text, where the recipe has a voice for it."""
+        if self.output is not None and self.output.ngram is not None:
+            self.output.ngram.fill(trigram)
 
     def load_start(self, counts: Tensor) -> None:
         """What training starts from: a trained table from the frozen one, an output's bias from unigram counts (V,)."""
@@ -113,7 +119,7 @@ class TiedLM(PretrainedModule):
     @torch.no_grad()
     def score(self, hidden: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
         """Losses (n,) in nats, fp32, and whether the target was the likeliest token (n,); shapes as in `loss`."""
-        memory, tokens, targets, counted, first = asked
+        memory, tokens, targets, counted, first, _ = asked
         if self.output is None:
             flat = hidden.flatten(0, 1)
             return score(flat if counted is None else flat[counted], self.table, targets)

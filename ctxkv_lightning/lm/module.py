@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from ctxkv_lightning.datamodule import Windows
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.attention import Selection
 from ctxkv_lightning.lm.output import Asked
 from ctxkv_lightning.lm.perplexity import Perplexity
 from ctxkv_lightning.lm.rivals import ModelName, build_model
+from ctxkv_lightning.windows import Windows
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,8 @@ class ContextKVLMModule(L.LightningModule):
         if stage == "fit":
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             self.model.load_frozen(data.table, data.encoders())
+            if self.model.recipe.ngram:
+                self.model.load_counts(data.trigram())
             if self.starts_fresh:
                 self.model.load_start(data.unigram_counts())
 
@@ -173,7 +175,7 @@ class ContextKVLMModule(L.LightningModule):
         """Hidden states (B, T, D), and what the loss reads besides."""
         T, memory = batch.embeddings.shape[1], self.model.dropped(batch.memory)
         hidden = self.model.states(batch.tokens, memory, T, batch.first, batch.embeddings)
-        return hidden, Asked(memory, batch.tokens, batch.targets, batch.counted, batch.first)
+        return hidden, Asked(memory, batch.tokens, batch.targets, batch.counted, batch.first, batch.ngram)
 
     def _score(self, batch: Windows) -> tuple[Tensor, Tensor]:
         """Losses (n,) in nats and hits (n,) of the positions that count."""

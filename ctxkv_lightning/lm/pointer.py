@@ -1,14 +1,12 @@
 """A pointer over the contexts that a decoder keeps: what followed a context like this one may follow again.
 
     p_h(w | t) ∝ Σ_{i<t} exp(q_h · k_{h,i} - ρ_h log(t - i)) [x_{i+1} = w],  q_h = A_h c_t + B_h z_t, k_{h,i} = K_h c_i
-    p(w | t) = g_0 p_model(w | t) + Σ_h g_h p_h(w | t),   g = softmax(W_g [z'_t; log Σ_i exp(…)_h] + b_g)
 
-z_t is the model's normalised final state, i runs over the last `window` contexts before t. It joins the continuous
-cache of Grave, Joulin & Usunier (2017) with the learned mixture of Merity et al.'s pointer sentinel (2017). With
-`values`, what is pointed at is also read, as attention reads values: to the final state, which p_model and z' are made
-of, comes Σ_h V_h Σ_w p_h(w | t) LayerNorm(E[w]). In a decoder a pointer costs four bytes for each context of its
-window, the token that followed, and the contexts themselves where attention does not keep the very same. (The queries
-and the gate read LayerNorms of z and z', the gate a tenth of the log-sum-exps, -20 at least.)
+z_t is the model's normalised final state, of which queries read a LayerNorm; i runs over the last `window` contexts
+before t. It is the continuous cache of Grave, Joulin & Usunier (2017), learned; `output.Gate` mixes it with the rest.
+With `values`, what is pointed at is also read, as attention reads values: to the final state comes
+Σ_h V_h Σ_w p_h(w | t) LayerNorm(E[w]). In a decoder a pointer costs four bytes for each context of its window, the
+token that followed, and the contexts themselves where attention does not keep the very same.
 """
 
 from collections.abc import Iterator
@@ -24,12 +22,6 @@ BLOCK = 370
 NEVER = -1e4
 """Score of what does not exist; finite, so that a query without any past has a distribution too."""
 
-EVIDENCE_SCALE = 0.1
-"""Brings log-sum-exps, which are tens, to the size of what else the gate reads."""
-
-EVIDENCE_FLOOR = -20.0
-"""Of a log-sum-exp as the gate reads it: what a query without any past has."""
-
 SHARPNESS = (0.02, 0.05, 0.1, 0.2)
 """Of c_t · c_i at the start, by head in turn: from a broad look to the best match alone."""
 
@@ -38,14 +30,15 @@ class Pointed(NamedTuple):
     """What a pointer says about n queries in a row, of B texts: those of `rows`."""
 
     rows: slice
-    gates: Tensor  # (B, n, P+1), log; the first is the model's own
+    evidence: Tensor  # (B, n, P), log Σ_i exp(…) of each head
+    nothing: Tensor  # (B, n, 1), whether there was no past to point at
     weights: Tensor  # (B, P, n, m), of the keys that the block reads; each head's sum to 1, to 0 where there is no key
     followers: Tensor  # (B, m), the token that followed each key
     state: Tensor  # (B, n, D), the final states, with what was read
 
 
 class CachePointer(nn.Module):
-    """`heads` pointers over the last `window` contexts, and the gates that mix them with the model's own prediction."""
+    """`heads` pointers over the last `window` contexts."""
 
     def __init__(
         self, embedding_dim: int, context_dim: int, heads: int, dim: int, window: int, values: bool = False
@@ -60,18 +53,14 @@ class CachePointer(nn.Module):
         self.key = nn.Parameter(start.clone())
         self.recency = nn.Parameter(torch.zeros(heads))
         self.norm = nn.LayerNorm(embedding_dim)
-        self.gate = nn.Linear(embedding_dim + heads, heads + 1)
         self.value = nn.Linear(heads * embedding_dim, embedding_dim, bias=False) if values else None
         if self.value is not None:
             nn.init.zeros_(self.value.weight)
-        nn.init.zeros_(self.gate.weight)
-        nn.init.zeros_(self.gate.bias)
-        nn.init.ones_(self.gate.bias[:1])
 
     def blocks(
         self, hidden: Tensor, contexts: Tensor, tokens: Tensor, first: Tensor | None, table: Tensor
     ) -> Iterator[Pointed]:
-        """Gates and weights, block by block, of queries with final states (B, T, D).
+        """What is pointed at, block by block, by queries with final states (B, T, D).
 
         The contexts (B, S+T, C) and tokens (B, S+T) begin with S positions of history; what is before `first[b]`, or
         not there, is not read. `table` is E (V, D).
@@ -105,12 +94,8 @@ class CachePointer(nn.Module):
         evidence = scores.logsumexp(dim=-1, keepdim=True)
         weights = (scores - evidence).exp() * exists
         hidden = hidden if self.value is None else hidden + self._read(weights, followers, table)
-        seen = evidence[..., 0].transpose(1, 2).clamp_min(EVIDENCE_FLOOR) * EVIDENCE_SCALE
-        gates = self.gate(torch.cat([self.norm(hidden), seen.to(hidden.dtype)], dim=-1)).float()
-        nothing = ~exists.any(dim=-1).transpose(1, 2)  # (B, n, 1): then the model speaks alone
-        pointing = torch.arange(self.heads + 1, device=gates.device) > 0
-        gates = gates.masked_fill(nothing & pointing, NEVER).log_softmax(dim=-1)
-        return Pointed(rows, gates, weights, followers, hidden)
+        nothing = ~exists.any(dim=-1).transpose(1, 2)
+        return Pointed(rows, evidence[..., 0].transpose(1, 2), nothing, weights, followers, hidden)
 
     def _read(self, weights: Tensor, followers: Tensor, table: Tensor) -> Tensor:
         """(B, n, D), what the embeddings of the followers add to the final state."""

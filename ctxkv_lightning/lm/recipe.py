@@ -21,6 +21,7 @@ class Recipe:
     `projection`: logits = E W h + b instead of E h; W starts at zero and b at the training text's unigram.
     `pointer_heads`: heads of a `CachePointer` of `pointer_dim` numbers each over the last `pointer_window` contexts;
     0 for none. `pointer_values`: what is pointed at is also read into the final state.
+    `ngram`: the Kneser-Ney trigram of the training text speaks too, while training that of the rest of the text.
     """
 
     norm: Norm = "post"
@@ -33,6 +34,7 @@ class Recipe:
     pointer_dim: int = 64
     pointer_window: int = 620
     pointer_values: bool = False
+    ngram: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for what no model can be built with, wherever it comes from."""
@@ -43,5 +45,5 @@ class Recipe:
     @property
     def plain_head(self) -> bool:
         """Whether the head is the published one, whose loss needs nothing but the final states."""
-        more = self.train_embedding or self.output_dropout or self.projection or self.pointer_heads
+        more = self.train_embedding or self.output_dropout or self.projection or self.pointer_heads or self.ngram
         return self.norm == "post" and not more

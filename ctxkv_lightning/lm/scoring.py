@@ -51,7 +51,7 @@ def memory_of(model: TiedLM, tokens: Tensor) -> Tensor:
 
 def _reach(model: TiedLM, N: int) -> tuple[int, int]:
     """Positions before a block that its first one reads, and what blocks begin at a multiple of."""
-    pointed = model.recipe.pointer_window if model.recipe.pointer_heads else 0
+    pointed = model.recipe.pointer_window if model.recipe.pointer_heads else int(model.recipe.ngram)
     if isinstance(model, TransformerLM):
         return (N if model.attention.window is None else max(pointed, model.attention.window - 1)), 1
     if not isinstance(model, ContextKVLM):

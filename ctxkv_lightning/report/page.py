@@ -3,6 +3,7 @@
 MB is 2^20 bytes and KB 10^3, as in the published tables; every PPL is per token of this run's tokenizer.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,16 @@ def _parameters(metrics: Metrics) -> list[str]:
         (names.get(key, key.replace("_", " ")), f"{parameters[key]:,}", percent(parameters[key] / parameters["total"]))
         for key in (*parts, "total", "trainable")
     ]
-    return ["## Parameters", table(("Part", "Parameters", "Share"), rows)]
+    return ["## Parameters", table(("Part", "Parameters", "Share"), rows), *_ngram(metrics.get("ngram"))]
+
+
+def _ngram(counted: Mapping[str, int] | None) -> list[str]:
+    if counted is None:
+        return []
+    return [
+        f"Besides, {counted['bytes'] / 2**20:,.1f} MB of counts that are not trained: {counted['bigrams']:,} bigrams "
+        f"and {counted['trigrams']:,} trigrams of the training text."
+    ]
 
 
 def _pretrain(metrics: Metrics) -> list[str]:

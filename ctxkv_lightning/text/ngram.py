@@ -26,6 +26,12 @@ ADDITIVE_CONSTANTS = 2.0 ** np.arange(-8, 5)
 FALLBACK_DISCOUNT = 0.75
 """Discount where too few n-grams were counted to estimate one."""
 
+PARTS = 10
+"""Into which a text is cut so that each part can be told by counts of the others."""
+
+EVIDENCE = 3
+"""Numbers that `held_out` has of a position."""
+
 EM_STEPS = 200
 EM_TOLERANCE = 1e-6
 
@@ -89,6 +95,11 @@ class _Order:
         mass = _look_up(self.grams, self.discounted, grams) + reserved * lower
         return np.where(totals > 0, mass / np.maximum(totals, 1), lower)
 
+    def handed_down(self, contexts: Ids) -> Reals:
+        """The weight of the order below: 1 where a context was never seen."""
+        totals = _look_up(self.contexts, self.totals, contexts)
+        return np.where(totals > 0, _look_up(self.contexts, self.reserved, contexts) / np.maximum(totals, 1), 1.0)
+
 
 def _look_up(keys: Ids, values: Reals, wanted: Ids) -> Reals:
     if len(keys) == 0:
@@ -137,6 +148,44 @@ class KneserNeyTrigram:
         """Probability of each token of a stream given the (at most two) before it, `(T,)`."""
         padded = np.concatenate([np.full(2, self.vocab_size), _checked(ids, self.vocab_size)])
         return self.conditional(padded[:-2], padded[1:-1], padded[2:])
+
+    def handed_down(self, first: Ids, second: Ids) -> Reals:
+        """The weights `(..., 2)` that trigram and bigram leave to the order below, after first and second."""
+        first, second = (np.asarray(ids, np.int64) for ids in (first, second))
+        context = first * self.base + second
+        return np.stack([self.trigram.handed_down(context), self.bigram.handed_down(second)], axis=-1)
+
+    def tables(self) -> dict[str, NDArray[np.generic]]:
+        """The model as arrays: unigram (V,); of bigram and trigram the n-grams and their histories, ascending and
+        spelt in base V + 1, with what each n-gram adds to p and what each history leaves to the order below."""
+        words = np.arange(self.vocab_size)
+        none = np.full(self.vocab_size, 1 / self.vocab_size)
+        made: dict[str, NDArray[np.generic]] = {
+            "unigram": self.unigram.interpolate(np.zeros_like(words), words, none).astype(np.float32)
+        }
+        for name, order in (("bigram", self.bigram), ("trigram", self.trigram)):
+            totals = _look_up(order.contexts, order.totals, order.grams // self.base)
+            made[f"{name}_grams"], made[f"{name}_contexts"] = order.grams, order.contexts
+            made[f"{name}_mass"] = (order.discounted / np.maximum(totals, 1)).astype(np.float32)
+            made[f"{name}_left"] = (order.reserved / np.maximum(order.totals, 1)).astype(np.float32)
+        return made
+
+
+def held_out(ids: Ids, vocab_size: int, parts: int = PARTS) -> Reals:
+    """What counting says at each position of a text without having seen it there, `(T, 3)`.
+
+    p(x_{t+1} | x_{t-1} x_t) and `handed_down` after x_t, by the trigram of all parts but the one in which t stands
+    (deleted estimation: Jelinek & Mercer, 1980); the last position has no next token, and a probability of 1.
+    """
+    ids, said = _checked(ids, vocab_size), np.ones((len(ids), EVIDENCE))
+    before = np.concatenate([[vocab_size], ids[:-1]])[: len(ids)]
+    for part in np.array_split(np.arange(len(ids)), parts):
+        if len(part):
+            rest = KneserNeyTrigram(np.delete(ids, part), vocab_size)
+            said[part, 1:] = rest.handed_down(before[part], ids[part])
+            known = part[part < len(ids) - 1]
+            said[known, 0] = rest.conditional(before[known], ids[known], ids[known + 1])
+    return said
 
 
 def _recent(keys: Ids, span: int) -> Ids:

@@ -26,9 +26,9 @@ from benchmarks import (
 from benchmarks.published import PublishedLM, Split, published_contexts
 from benchmarks.workload import QUICK
 from ctxkv_lightning.context.encoder import ContextEncoder
-from ctxkv_lightning.datamodule import WindowLoader
 from ctxkv_lightning.lm.attention import strided_attention
 from ctxkv_lightning.lm.head import frozen_cross_entropy
+from ctxkv_lightning.windows import WindowLoader
 from tests.conftest import ROOT
 from tests.oracles import contexts_step_by_step, gather_attention
 

@@ -1,5 +1,6 @@
 """A decoder computes what the parallel model computes, and keeps no more than it says."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,6 +9,7 @@ from ctxkv_lightning.lm import generate
 from ctxkv_lightning.lm.generate import Decoder, kept_tensors, state_bytes
 from ctxkv_lightning.lm.model import ContextKVLM
 from ctxkv_lightning.lm.rivals import CascadeLM, RecurrenceLM, TransformerLM
+from ctxkv_lightning.text.ngram import KneserNeyTrigram
 
 V, D, C, H = 60, 32, 16, 4
 MODELS = {
@@ -38,6 +40,7 @@ RECIPE = {
     "pointer_heads": 2,
     "pointer_window": 24,
     "pointer_values": True,
+    "ngram": True,
 }
 """The pointer's window is also what (M-1) I contexts of the first of these models span."""
 
@@ -48,6 +51,8 @@ def made(name, seed=0):
     if model.output is not None:  # it starts with zeros, which would hide mistakes
         for parameter in [*model.output.parameters(), *model.ffn.parameters()]:
             parameter.add_(0.1 * torch.randn_like(parameter))
+        if model.output.ngram is not None:
+            model.output.ngram.fill(KneserNeyTrigram(np.random.default_rng(0).geometric(0.1, 400).clip(1, V) - 1, V))
     return model
 
 

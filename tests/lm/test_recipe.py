@@ -1,5 +1,6 @@
 """A recipe's parts against their formulas: the pointer, the output it is mixed into, and the loss of both."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from ctxkv_lightning.lm.model import ContextKVLM
 from ctxkv_lightning.lm.output import Asked, Output
 from ctxkv_lightning.lm.recipe import Recipe
 from ctxkv_lightning.lm.rivals import build_model
+from ctxkv_lightning.text.ngram import KneserNeyTrigram
 from tests import oracles
 
 V, D, C = 12, 8, 6
@@ -26,7 +28,9 @@ ALL = {
     "pointer_dim": 4,
     "pointer_window": 7,
     "pointer_values": True,
+    "ngram": True,
 }
+TRIGRAM = KneserNeyTrigram(np.random.default_rng(0).geometric(0.3, 200).clip(1, V) - 1, V)
 
 
 def shaken(module):
@@ -38,17 +42,26 @@ def shaken(module):
 
 
 def made_output(window=7, **changed):
-    recipe = Recipe(**{**ALL, "pointer_window": window, **changed})
-    return shaken(Output(V, D, C, recipe))
+    output = Output(V, D, C, Recipe(**{**ALL, "pointer_window": window, **changed}))
+    if output.ngram is not None:
+        output.ngram.fill(TRIGRAM)
+    return shaken(output)
 
 
 @settings(deadline=None, max_examples=40)
-@given(T=st.integers(1, 23), S=st.integers(0, 20), window=st.integers(1, 12), block=st.integers(1, 9), data=st.data())
-def test_the_mixture_equals_its_formula_at_every_position(T, S, window, block, data):
+@given(
+    T=st.integers(1, 23),
+    S=st.integers(0, 20),
+    window=st.integers(1, 12),
+    block=st.integers(1, 9),
+    ngram=st.booleans(),
+    data=st.data(),
+)
+def test_the_mixture_equals_its_formula_at_every_position(T, S, window, block, ngram, data):
     """Whatever the blocks, however much history there is, and also where the text begins inside it."""
     torch.manual_seed(data.draw(st.integers(0, 99)))
     missing = data.draw(st.integers(0, S))
-    output, table = made_output(window), torch.randn(V, D)
+    output, table = made_output(window, ngram=ngram), torch.randn(V, D)
     hidden, contexts, tokens = torch.randn(1, T, D), torch.randn(1, S + T, C), torch.randint(0, V, (1, S + T))
     first = torch.tensor([missing]) if missing else None
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
@@ -57,25 +70,38 @@ def test_the_mixture_equals_its_formula_at_every_position(T, S, window, block, d
         fast = torch.cat([log_p for _, log_p in parts], dim=1)[0].exp()
         text, ids = contexts[0, missing:], tokens[0, missing:]
         slow = [
-            oracles.pointer_probabilities(output, hidden[0, t], table, text, ids, S + t - missing) for t in range(T)
+            oracles.mixed_probabilities(output, hidden[0, t], table, text, ids, S + t - missing, TRIGRAM)
+            for t in range(T)
         ]
     torch.testing.assert_close(fast, torch.stack(slow), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(fast.sum(dim=1), torch.ones(T))
 
 
+def of_counts(tokens, following):
+    """What `TRIGRAM` says (B, T, 3) of what follows the last T of tokens (B, S+T)."""
+    T = following.shape[1]
+    first, second = tokens[:, -T - 1 : -1], tokens[:, -T:]
+    p = torch.from_numpy(TRIGRAM.conditional(first, second, following)).float()
+    return torch.cat([p[..., None], torch.from_numpy(TRIGRAM.handed_down(first, second)).float()], dim=-1)
+
+
 @pytest.mark.parametrize("heads", [0, 2])
+@pytest.mark.parametrize("ngram", [False, True])
 @pytest.mark.parametrize("some", [False, True])
-def test_the_loss_is_that_of_the_probabilities(heads, some):
+def test_the_loss_is_that_of_the_probabilities(heads, ngram, some):
+    """Where what counting says of the text is what the model's own counts say."""
     torch.manual_seed(0)
     B, T, S = 2, 9, 5
-    output, table = made_output(4, pointer_heads=heads), torch.randn(V, D)
+    output, table = made_output(4, pointer_heads=heads, ngram=ngram), torch.randn(V, D)
     hidden, contexts, tokens = torch.randn(B, T, D), torch.randn(B, S + T, C), torch.randint(0, V, (B, S + T))
     counted = torch.tensor([0, 3, 4, 11, 17]) if some else None
     targets = torch.randint(0, V, (5 if some else B * T,))
     parts = output.log_probabilities(hidden, table, contexts, tokens, None)
     log_p = torch.cat([log_p for _, log_p in parts], dim=1).flatten(0, 1)
     expected = -(log_p if counted is None else log_p[counted]).gather(1, targets[:, None])[:, 0]
-    total, nll = output.loss(hidden, table, Asked(contexts, tokens, targets, counted, None))
+    following = torch.randint(0, V, (B * T,)).scatter(0, torch.arange(B * T) if counted is None else counted, targets)
+    said = of_counts(tokens, following.view(B, T)) if ngram else None
+    total, nll = output.loss(hidden, table, Asked(contexts, tokens, targets, counted, None, said))
     torch.testing.assert_close(nll, expected.detach())
     torch.testing.assert_close(total, expected.sum())
 

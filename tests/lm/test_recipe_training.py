@@ -21,13 +21,14 @@ RECIPE = {
     "pointer_dim": 4,
     "pointer_window": 6,
     "pointer_values": True,
+    "ngram": True,
 }
 MODELS = ["context_kv", "transformer", "sliding_window", "recurrence"]
 
 
 def fitted(stores, tmp_path, name, recipe=RECIPE, epochs=12, **changed):  # noqa: F811
     history = {"context_kv": 9, "transformer": 1110, "sliding_window": 6, "recurrence": 6}[name]
-    data = opened(stores, tmp_path, history=history, batch_tokens=20)
+    data = opened(stores, tmp_path, history=history, batch_tokens=20, ngram=recipe.get("ngram", False))
     options = {"schedule": "linear", "warmup_steps": 3, "lr": 0.01, "window_tokens": 5, **changed}
     module = ContextKVLMModule(**SIZES, model=name, recipe=recipe, **options)
     run = trainer(tmp_path, max_epochs=epochs)
@@ -61,7 +62,7 @@ def test_what_is_frozen_stays_and_what_is_trained_moves(stores, tmp_path, name):
     fresh = ContextKVLMModule(**SIZES, model=name, recipe=RECIPE, window_tokens=5).model
     fresh.load_frozen(data.table, data.encoders())
     fresh.load_start(data.unigram_counts())
-    for part in ("trained_embedding.weight", "output.bias", "output.projection.weight", "output.pointer.gate.weight"):
+    for part in ("trained_embedding.weight", "output.bias", "output.projection.weight", "output.gate.linear.weight"):
         assert not torch.equal(module.model.get_parameter(part), fresh.get_parameter(part)), part
 
 
@@ -87,7 +88,7 @@ def test_the_learning_rate_rises_and_falls_in_lines_and_only_matrices_decay(stor
 
 
 def test_weights_that_are_given_are_not_overwritten_by_a_start(stores, tmp_path):  # noqa: F811
-    data = opened(stores, tmp_path, history=9, batch_tokens=20)
+    data = opened(stores, tmp_path, history=9, batch_tokens=20, ngram=True)
     module = ContextKVLMModule(**SIZES, recipe=RECIPE, lr=1e-9)
     module.model.trained_embedding.weight.data.fill_(0.5)
     module.starts_fresh = False

@@ -173,3 +173,36 @@ def test_a_large_vocabulary_and_a_real_length_are_fast_enough_to_run_here():
     ids = np.random.default_rng(0).zipf(1.2, 175_000) % vocab_size
     scores = ngram.footing(ids[:125_000], ids[125_000:150_000], ids[150_000:], vocab_size)
     assert all(1 < score < vocab_size for score in scores.values())
+
+
+@settings(deadline=None, max_examples=40)
+@given(train=tiny | streams)
+def test_tables_and_what_is_handed_down_are_the_parts_of_the_formula(train):
+    """p of every word after every history, put together from the tables by hand."""
+    trigram = ngram.KneserNeyTrigram(np.array(train, np.int64), V)
+    tables = trigram.tables()
+    for first in range(V + 1):
+        for second in range(V):
+            p = dict(enumerate(tables["unigram"].tolist()))
+            left = []
+            for order, history in (("bigram", second), ("trigram", first * (V + 1) + second)):
+                at = np.flatnonzero(tables[f"{order}_contexts"] == history)
+                left.append(tables[f"{order}_left"][at[0]] if len(at) else 1.0)
+                own = dict(zip(tables[f"{order}_grams"].tolist(), tables[f"{order}_mass"].tolist(), strict=True))
+                p = {w: left[-1] * p[w] + own.get(history * (V + 1) + w, 0.0) for w in p}
+            np.testing.assert_allclose(list(p.values()), trigram.conditional(first, second, np.arange(V)), rtol=1e-5)
+            np.testing.assert_allclose(left[::-1], trigram.handed_down(first, second), rtol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 9, 10, 47])
+def test_what_counting_says_of_a_position_never_saw_it(length):
+    """Each part of the text by the trigram of the others, which is made here one position after the other."""
+    ids = text_like(length, 4) if length > 4 else np.arange(length)
+    said = ngram.held_out(ids, V, parts=4)
+    for part in np.array_split(np.arange(length), 4):
+        rest = ngram.KneserNeyTrigram(np.array([ids[i] for i in range(length) if i not in part], np.int64), V)
+        for t in part:
+            before = ids[t - 1] if t else V
+            expected = rest.conditional(before, ids[t], ids[t + 1]) if t + 1 < length else 1.0
+            assert said[t, 0] == pytest.approx(float(expected))
+            np.testing.assert_allclose(said[t, 1:], rest.handed_down(before, ids[t]))

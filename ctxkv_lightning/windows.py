@@ -1,0 +1,162 @@
+"""Batches: runs of the training stream for Phase 1, windows with their history for Phase 2."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WINDOW = 1110  # positions in a window: eight make the published step of 8,880
+
+
+class Run(NamedTuple):
+    """A Phase 1 batch: n contiguous positions of the training stream."""
+
+    start: int
+    embeddings: Tensor  # (distinct, D), normalised, one row per distinct token
+    inverse: Tensor  # (n,), the row of each position
+
+
+class Windows(NamedTuple):
+    """A Phase 2 batch: B windows of T positions with S contexts of history each."""
+
+    tokens: Tensor  # (B, S+T), those of the history before the window's own
+    targets: Tensor  # (n,), the token after each position that counts, row by row
+    counted: Tensor | None  # (n,), which of the B·T positions count; None when all do
+    embeddings: Tensor  # (B, T, D), normalised
+    memory: Tensor  # (B, S+T, C) contexts, of several encoders side by side, or (B, S+T, D) embeddings
+    first: Tensor | None  # (B,), index of a row's first existing position of memory; None when all exist
+    total: int  # positions that count in this step, over all ranks
+    ngram: Tensor | None = None  # (B, T, 3), what counting says of each position
+
+
+class Stream(NamedTuple):
+    """One split as stored tensors; `rows` says which row of `embeddings` each position has."""
+
+    tokens: Tensor  # (N,)
+    embeddings: Tensor  # (V, D) or (N, D)
+    rows: Tensor  # (N,)
+    contexts: tuple[Tensor, ...]  # (N, C) of each encoder; none where the memory is the embeddings
+    counted: Tensor | None = None  # (N,), which tokens are scored; None when all are. Stays on the CPU, which chooses
+    ngram: Tensor | None = None  # (N, 3), of training text: see `text.ngram.held_out`
+
+    def to(self, device: torch.device) -> "Stream":
+        tokens, embeddings, rows = (tensor.to(device) for tensor in self[:3])
+        contexts = tuple(tensor.to(device) for tensor in self.contexts)
+        ngram = None if self.ngram is None else self.ngram.to(device)
+        return Stream(tokens, embeddings, rows, contexts, self.counted, ngram)
+
+    def bytes(self) -> int:
+        parts = (*self[:3], *self.contexts, *(() if self.ngram is None else (self.ngram,)))
+        return sum(tensor.numel() * tensor.element_size() for tensor in parts)
+
+
+class RunLoader:
+    """The training stream in contiguous runs of at most `batch_tokens`, in order."""
+
+    def __init__(self, tokens: Tensor, table: Tensor, batch_tokens: int) -> None:
+        self.tokens, self.table, self.batch_tokens = tokens, table, batch_tokens
+
+    def __len__(self) -> int:
+        return -(-len(self.tokens) // self.batch_tokens)
+
+    def __iter__(self) -> Iterator[Run]:
+        for start in range(0, len(self.tokens), self.batch_tokens):
+            distinct, inverse = torch.unique(self.tokens[start : start + self.batch_tokens], return_inverse=True)
+            yield Run(start, self.table[distinct], inverse)
+
+
+class WindowLoader:
+    """Windows over one stream; every position that has a next token counts exactly once a pass.
+
+    All windows have the same length, as even as the stream allows, and begin at multiples of `alignment`. The last
+    is moved back to end with the stream, or as soon after it as its alignment allows; what it shares with the one
+    before it, and what lies behind the stream, does not count, nor do tokens that the stream says are not scored.
+    With a `seed`, the order of the windows is drawn anew each pass, as a function of (seed, pass). Of each step's
+    windows, rank r of R gets its share; `batch_tokens` is what all of them read.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        history: int,
+        batch_tokens: int,
+        alignment: int = 1,
+        *,
+        seed: int | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        self.stream, self.history, self.seed = stream, history, seed
+        self.rank, self.ranks = rank, ranks
+        self.passes = self._done = self._goes_on_at = 0
+        self.positions = len(stream.tokens) - 1
+        windows = -(-self.positions // min(WINDOW, batch_tokens))
+        self.length = -(-self.positions // windows // alignment) * alignment
+        self.windows = -(-self.positions // self.length)
+        self.last_start = max(0, -(-(self.positions - self.length) // alignment) * alignment)
+        self.batches = -(-self.windows // max(1, batch_tokens // self.length))
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Windows]:
+        order = torch.arange(self.windows)
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.passes)
+            order = torch.randperm(self.windows, generator=generator)
+        self.passes, self._done, self._goes_on_at = self.passes + 1, self._goes_on_at, 0
+        for chosen in order.tensor_split(self.batches)[self._done :]:
+            self._done += 1
+            yield self.batch(chosen.tensor_split(self.ranks)[self.rank], self._counted(chosen), chosen[:1])
+
+    def state_dict(self) -> dict[str, int]:
+        """Passes begun, and batches handed out in the last of them."""
+        return {"passes": self.passes, "done": self._done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The next pass is the rest of the one that was broken off, if one was."""
+        half_way = 0 < state["done"] < self.batches
+        self.passes = state["passes"] - half_way
+        self._goes_on_at = state["done"] if half_way else 0
+
+    def _counted(self, chosen: Tensor) -> int:
+        """Positions that count in these windows; 1 for none, so that a loss can be divided by it."""
+        if self.stream.counted is None:
+            return int((self.positions - chosen * self.length).clamp_max(self.length).sum())
+        parts = (self.stream.counted[1:][start : start + self.length] for start in (chosen * self.length).tolist())
+        return max(1, sum(int(part.count_nonzero()) for part in parts))
+
+    def batch(self, chosen: Tensor, total: int, stand_in: Tensor) -> Windows:
+        """The windows of these numbers (B,); if there are none, `stand_in`, of which nothing counts."""
+        nothing = len(chosen) == 0
+        chosen = stand_in if nothing else chosen
+        own = chosen * self.length
+        starts = own.clamp_max(self.last_start)
+        positions = starts[:, None] + torch.arange(self.length)
+        counts = ((positions >= own[:, None]) & (positions < self.positions)).flatten() & (not nothing)
+        if self.stream.counted is not None:
+            counts &= self.stream.counted[(positions + 1).clamp_max(self.positions)].flatten()
+        counted = None if bool(counts.all()) else counts.nonzero().flatten()
+        device = self.stream.tokens.device
+        targets = self.stream.tokens[positions.flatten()[counts].to(device) + 1]
+        first = (self.history - starts).clamp_min(0)
+        reach = starts[:, None] + torch.arange(-self.history, self.length)
+        positions, reach = (x.clamp(0, self.positions).to(device) for x in (positions, reach))
+        embeddings = self.stream.embeddings[self.stream.rows[positions]]
+        return Windows(
+            self.stream.tokens[reach],
+            targets,
+            None if counted is None else counted.to(device),
+            embeddings,
+            self._memory(reach),
+            first.to(device) if bool(first.any()) else None,
+            total,
+            None if self.stream.ngram is None else self.stream.ngram[positions],
+        )
+
+    def _memory(self, reach: Tensor) -> Tensor:
+        """What stands at these positions (B, S+T): contexts side by side, or embeddings where there are none."""
+        if not self.stream.contexts:
+            return self.stream.embeddings[self.stream.rows[reach]]
+        return torch.cat([contexts[reach].float() for contexts in self.stream.contexts], dim=-1)

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 OUTPUT ?= benchmarks/results
 
-.PHONY: help setup train test test-all lint results results-best bench bench-quality bench-scale bench-gpu clean
+.PHONY: help setup train test test-all lint results results-best results-chats bench bench-quality bench-scale bench-gpu clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,8 @@ results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it
 	$(BEST) seed=42,1,2 $(OUT)/best
 	$(BEST) seed=42,1,2 model=recurrence,sliding_window,transformer $(OUT)/best-rivals
 	$(BEST) seed=42,1,2 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/without-pointer
+	$(BEST) seed=42,1,2 recipe.ngram=false $(OUT)/without-ngram
+	$(BEST) recipe.pointer_heads=0 recipe.pointer_values=false recipe.ngram=false $(OUT)/without-both
 	$(BEST) recipe.pointer_values=false $(OUT)/without-values
 	$(BEST) recipe.train_embedding=false $(OUT)/without-train-embedding
 	$(BEST) recipe.projection=false $(OUT)/without-projection
@@ -73,6 +75,14 @@ results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it
 	$(BEST) train.batch_tokens=8880 $(OUT)/without-small-batch
 	$(BEST) train.schedule=constant train.warmup_steps=0 $(OUT)/without-schedule
 	$(BEST) samples=500 seed=42,1,2 $(OUT)/best-500
+	$(BEST) samples=500 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/without-pointer-500
+	$(BIN)/python -m benchmarks.findings outputs/results
+
+CHATS_FROM := data=jsonl 'data.files=[$(CHATS)]' tokenizer=gpt2 samples=300 data.validation=[900,950] data.test=[950,1000]
+
+results-chats: $(STAMP) ## The recipe and the published model on CHATS=FILE, 1,000 conversations as .jsonl; an hour on two cores
+	$(BIN)/python train.py -m $(CHATS_FROM) $(OUT)/ultrachat
+	$(BEST) $(CHATS_FROM) $(OUT)/ultrachat-best
 	$(BIN)/python -m benchmarks.findings outputs/results
 
 bench-quality: $(STAMP) ## Time to the published method's best PPL, which it takes half an hour to reach

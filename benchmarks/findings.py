@@ -112,12 +112,13 @@ def deviation(values: Sequence[float]) -> float:
 
 
 def published(runs: Sequence[Run]) -> list[Run]:
-    """The runs without a recipe, of the default sizes."""
+    """The runs without a recipe, of the default sizes and text."""
     plain = asdict(RecipeConfig())
     return [
         run
         for run in runs
         if run["config"]["embedding"]["dim"] == 768
+        and run["config"]["data"]["source"] == "pydocs"
         and run["config"].get("recipe", plain) == plain
         and run["config"]["train"].get("schedule", "constant") == "constant"
     ]
@@ -188,7 +189,7 @@ def page(runs: Sequence[Run], pages: Path) -> str:
         if len(rows) > 1:
             parts += [f"## Sweep over {key}, seed 42", table(rows)]
     parts += ["## What they say", "\n".join(f"{n}. {text}" for n, text in enumerate(sentences(runs, hundred), start=1))]
-    ours = next((row.runs for row in hundred if row.name == OURS), [])
+    ours = {size: next((row.runs for row in rows_of(runs, size) if row.name == OURS), []) for size in (100, 500)}
     parts += recipe.section(every, ours)
     return "\n\n".join(parts) + "\n"
 

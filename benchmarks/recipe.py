@@ -4,7 +4,7 @@ A run belongs here by its settings: those of `experiment=best` but for what the 
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +18,12 @@ APART = ("seed", "cache_dir", "resume", "init_from", "trainer.enable_progress_ba
 
 LEVERS: dict[str, dict[str, Any]] = {
     "without the pointer": {"recipe.pointer_heads": 0, "recipe.pointer_values": False},
+    "without counting": {"recipe.ngram": False},
+    "without the pointer and without counting": {
+        "recipe.pointer_heads": 0,
+        "recipe.pointer_values": False,
+        "recipe.ngram": False,
+    },
     "without reading what is pointed at": {"recipe.pointer_values": False},
     "without a trained embedding": {"recipe.train_embedding": False},
     "without a projection before the head, and its bias": {"recipe.projection": False},
@@ -36,6 +42,8 @@ LEVERS: dict[str, dict[str, Any]] = {
 """What is done to the recipe, in words, and the keys that do it (`make results-best`)."""
 
 Key = tuple[tuple[str, Any], ...]
+Published = Mapping[int, Sequence[Run]]
+"""Runs of the published model on the default text, by samples."""
 
 
 def groups(runs: Sequence[Run]) -> dict[Key, list[Run]]:
@@ -43,7 +51,7 @@ def groups(runs: Sequence[Run]) -> dict[Key, list[Run]]:
     base = flat(asdict(check_command_line(["experiment=best"])[0]))
     found: dict[Key, list[Run]] = {}
     for run in runs:
-        if "recipe" not in run["config"] or run["config"]["embedding"]["dim"] != base["embedding.dim"]:
+        if not has_recipe(run) or run["config"]["data"]["source"] != base["data.source"]:
             continue
         own = flat(run["config"])
         changed = tuple(
@@ -53,6 +61,12 @@ def groups(runs: Sequence[Run]) -> dict[Key, list[Run]]:
         if own["seed"] not in [other["config"]["seed"] for other in kept]:
             kept.append(run)
     return found
+
+
+def has_recipe(run: Run) -> bool:
+    """Whether a run is one of `experiment=best`, whatever was changed in it."""
+    config: dict[str, Any] = run["config"]
+    return "recipe" in config and config["embedding"]["dim"] == 384
 
 
 def of(found: dict[Key, list[Run]], **changed: Any) -> list[Run]:
@@ -72,23 +86,23 @@ def spread(runs: Sequence[Run], name: str = "val_ppl") -> str:
     return f"{mean(runs, name):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def section(runs: Sequence[Run], published: Sequence[Run]) -> list[str]:
-    """The section as Markdown parts; nothing where the recipe was not run. `published` are the published model's."""
+def section(runs: Sequence[Run], published: Published) -> list[str]:
+    """The section as Markdown parts; nothing where the recipe was not run."""
     found = groups(runs)
     if not of(found):
         return []
     parts = ["## The recipe: `experiment=best`", INTRODUCTION, model_table(found)]
     if lever_rows(found):
         parts += ["### Every lever alone, seed 42", LEVERS_ARE, lever_table(found)]
-    parts += ["### What the recipe says", numbered(sentences(found, published))]
+    parts += ["### What the recipe says", numbered([*sentences(found, published), *on_chats(runs)])]
     return parts
 
 
 INTRODUCTION = (
-    "The same extras for every model: pre-norm, trained embedding, projection, dropouts, schedule and pointer, with "
-    "the settings that were found for `context_kv` by about thirty short runs of one seed, chosen on the validation "
-    "set alone; the rivals were not tuned further, which favours `context_kv`. Made by `make results-best`; "
-    "[side by side](docs/results/best/report.md)."
+    "The same extras for every model: pre-norm, trained embedding, projection, dropouts, schedule, pointer and a voice "
+    "for counting, with the settings that were found for `context_kv` by about thirty short runs of one seed, chosen "
+    "on the validation set alone; the rivals were not tuned further, which favours `context_kv`. Made by "
+    "`make results-best`; [side by side](docs/results/best/report.md)."
 )
 LEVERS_ARE = "What the validation PPL becomes when one thing is done to the recipe, and nothing but what the row says."
 
@@ -148,40 +162,100 @@ def sizes(run: Run) -> list[str]:
     return [f"{run['decode_state']['bytes']['10000']:,}", f"{run['parameters']['trainable']:,}"]
 
 
-def sentences(found: dict[Key, list[Run]], published: Sequence[Run]) -> list[str]:
+def sentences(found: dict[Key, list[Run]], published: Published) -> list[str]:
     """What the tables say, each with the bound that was set beforehand; test PPL where the bound is on it."""
     return [
-        *against_counting(found, published),
+        *against_published(found, published),
+        *against_cache(found),
+        *with_counts_and_without(found),
+        *without_pointer(found),
         *against_rivals(found),
         *best_of_all(found),
         *worth_of_levers(found),
-        *more_text_and_time(found, published),
+        *time_and_text(found, published),
     ]
 
 
-def against_counting(found: dict[Key, list[Run]], published: Sequence[Run]) -> list[str]:
-    """The recipe against the published model and against counting, with its pointer and without."""
-    best, said = of(found), []
-    footing, test = best[0]["footing"], mean(best, "test_ppl")
-    if published:
+def sized(samples: int) -> dict[str, Any]:
+    """What a run of this size changes in the recipe."""
+    return {} if samples == 100 else {"samples": samples}
+
+
+def seeds(runs: Sequence[Run]) -> str:
+    return "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
+
+
+def verdict(ratio: float, bound: float) -> str:
+    """A bound, and whether it was kept."""
+    return f"at most {bound} was asked for{'' if ratio <= bound else ', and is missed'}"
+
+
+def against_published(found: dict[Key, list[Run]], published: Published) -> list[str]:
+    """The recipe against the published model, at both sizes."""
+    said = []
+    for samples, bound in ((100, 0.27), (500, 0.3)):
+        best, theirs = of(found, **sized(samples)), published.get(samples, [])
+        if best and theirs:
+            ratio = mean(best, "test_ppl") / mean(theirs, "test_ppl")
+            said.append(
+                f"With {samples} samples the recipe reaches a test PPL of {spread(best, 'test_ppl')} ({seeds(best)}), "
+                f"{ratio:.3f} × the published one's {spread(theirs, 'test_ppl')} ({seeds(theirs)}; "
+                f"{verdict(ratio, bound)})."
+            )
+    return said
+
+
+def against_cache(found: dict[Key, list[Run]]) -> list[str]:
+    """The recipe against counting with a cache, at both sizes."""
+    said = []
+    for samples in (100, 500):
+        best = of(found, **sized(samples))
+        if best:
+            footing = best[0]["footing"]
+            test, val = (footing[f"{prefix}kneser_ney_cache_ppl"] for prefix in ("test_", ""))
+            ratio = mean(best, "test_ppl") / test
+            said.append(
+                f"With {samples} samples a Kneser-Ney trigram with a cache of the last 640 tokens, its weights fitted "
+                f"on the validation set, reaches {test:.1f} on the test set: the recipe is at {ratio:.3f} × "
+                f"({verdict(ratio, 1.0)}), on the validation set at {mean(best) / val:.3f} ×."
+            )
+    return said
+
+
+def with_counts_and_without(found: dict[Key, list[Run]]) -> list[str]:
+    """What the recipe is without the trigram that is one of its own voices."""
+    best, bare = of(found), of(found, recipe__ngram=False)
+    if not bare or not best[0].get("ngram"):
+        return []
+    test, cache = mean(bare, "test_ppl"), best[0]["footing"]["test_kneser_ney_cache_ppl"]
+    return [
+        f"One of its voices is that very trigram ({best[0]['ngram']['bytes'] / 1e6:.1f} MB of counts of the training "
+        "text, which do not grow with the text that is read). Without it the recipe reaches "
+        f"{spread(bare, 'test_ppl')} ({seeds(bare)}), {test / cache:.3f} × the trigram with its cache "
+        f"and {test / mean(best, 'test_ppl'):.3f} × the whole recipe."
+    ]
+
+
+def without_pointer(found: dict[Key, list[Run]]) -> list[str]:
+    """The recipe without its pointer against counting without a cache; and the network alone."""
+    said, change = [], {"recipe__pointer_heads": 0, "recipe__pointer_values": False}
+    for samples, bound in ((100, 0.95), (500, 1.0)):
+        bare = of(found, **change, **sized(samples))
+        if bare:
+            counts = bare[0]["footing"]["test_kneser_ney_ppl"]
+            ratio = mean(bare, "test_ppl") / counts
+            said.append(
+                f"Without its pointer, at {samples} samples, it is at a test PPL of {spread(bare, 'test_ppl')} "
+                f"({seeds(bare)}), {ratio:.3f} × the trigram alone ({counts:.1f}; {verdict(ratio, bound)})."
+            )
+    alone = of(found, **change, recipe__ngram=False)
+    if alone:
+        counts = alone[0]["footing"]["test_kneser_ney_ppl"]
+        ratio = mean(alone, "test_ppl") / counts
         said.append(
-            f"With 100 samples the recipe reaches a test PPL of {spread(best, 'test_ppl')}, "
-            f"{test / mean(published, 'test_ppl'):.3f} × the published one's {spread(published, 'test_ppl')} "
-            f"(at most 0.27 × was asked for)."
-        )
-    said.append(
-        "A Kneser-Ney trigram with a cache of the last 640 tokens, its weights fitted on the validation set, reaches "
-        f"{footing['test_kneser_ney_cache_ppl']:.1f} on the test set: the recipe is at "
-        f"{test / footing['test_kneser_ney_cache_ppl']:.3f} × (1.0 was asked for), on the validation set at "
-        f"{mean(best) / footing['kneser_ney_cache_ppl']:.3f} ×."
-    )
-    bare = of(found, recipe__pointer_heads=0, recipe__pointer_values=False)
-    if bare:
-        ratio = mean(bare, "test_ppl") / footing["test_kneser_ney_ppl"]
-        said.append(
-            f"Without its pointer it is at a test PPL of {spread(bare, 'test_ppl')}, {ratio:.3f} × a Kneser-Ney "
-            f"trigram alone ({footing['test_kneser_ney_ppl']:.1f}; 0.95 was asked for"
-            f"{'' if ratio <= 0.95 else ', and is missed: counting remembers what it saw once better'})."
+            f"The network alone, with neither pointer nor counts, is at {spread(alone, 'test_ppl')} ({seeds(alone)}), "
+            f"{ratio:.3f} × the trigram: "
+            + ("counting remembers what it saw once better." if ratio > 1 else "it beats counting by itself.")
         )
     return said
 
@@ -218,29 +292,38 @@ def worth_of_levers(found: dict[Key, list[Run]]) -> list[str]:
     return said
 
 
-def more_text_and_time(found: dict[Key, list[Run]], published: Sequence[Run]) -> list[str]:
-    """What more text brings, what the recipe costs, and what it lacks."""
+def time_and_text(found: dict[Key, list[Run]], published: Published) -> list[str]:
+    """What the recipe costs, and what it lacks."""
     best, said = of(found), []
-    more = of(found, samples=500)
-    if more:
-        foot = more[0]["footing"]
-        said.append(
-            f"With 500 samples it reaches a test PPL of {spread(more, 'test_ppl')} (validation {spread(more)}), "
-            f"{mean(more, 'test_ppl') / foot['test_kneser_ney_cache_ppl']:.3f} × the trigram with its cache "
-            f"({foot['test_kneser_ney_cache_ppl']:.1f}), from {len(more)} seed{'s' if len(more) > 1 else ''}."
-        )
-    if published:
-        own, theirs = (statistics.mean(run["seconds"]["train"] for run in runs) for runs in (best, published))
+    if published.get(100):
+        own, theirs = (statistics.mean(run["seconds"]["train"] for run in runs) for runs in (best, published[100]))
         said.append(
             f"Phase 2 took {own:.0f} s with the recipe, {theirs:.0f} s without it ({own / theirs:.2f} ×), one thread "
             "each, on a machine that had other work too."
         )
-    gap = statistics.mean(run["result"]["train_val_gap"] for run in best)
-    said.append(
-        f"It still fits its training text much better than the validation text (a gap of {gap:.0f} PPL at the best "
-        "epoch), so more text, not more model, is what it lacks."
-    )
+    last = [run["train"]["epochs"][-1] for run in best]
+    train, val = (statistics.mean(epoch[f"{name}_ppl"] for epoch in last) for name in ("train", "val"))
+    if train < val:
+        said.append(
+            f"In its last epoch it is at {train:.0f} on the training text, with dropout, and at {val:.0f} on the "
+            "validation text: more text, not more model, is what it lacks."
+        )
     return said
+
+
+def on_chats(runs: Sequence[Run]) -> list[str]:
+    """The recipe, untouched, against the published model on conversations of UltraChat."""
+    chats = [run for run in runs if run["config"]["data"]["source"] == "jsonl"]
+    best, theirs = ([run for run in chats if has_recipe(run) == own] for own in (True, False))
+    if not best or not theirs:
+        return []
+    ratio, footing = mean(best, "test_ppl") / mean(theirs, "test_ppl"), best[0]["footing"]
+    return [
+        f"Untouched, on {best[0]['config']['samples']} conversations of UltraChat with GPT-2's BPE and an SVD "
+        f"embedding, it reaches a test PPL of {spread(best, 'test_ppl')} ({seeds(best)}), {ratio:.3f} × the published "
+        f"one's {spread(theirs, 'test_ppl')} ({seeds(theirs)}; {verdict(ratio, 0.7)}); the trigram reaches "
+        f"{footing['test_kneser_ney_ppl']:.1f}, with its cache {footing['test_kneser_ney_cache_ppl']:.1f}."
+    ]
 
 
 def best_of_all(found: dict[Key, list[Run]]) -> list[str]:
@@ -262,8 +345,7 @@ def against(best: list[Run], rival: list[Run], model: str, bound: float, words: 
     kept, theirs = (runs[0]["decode_state"]["bytes"]["10000"] for runs in (best, rival))
     return (
         f"Against `{model}` with the same extras ({words}; {theirs:,} bytes kept against {kept:,}), test PPL is "
-        f"{ratio:.3f} × ({spread(best, 'test_ppl')} against {spread(rival, 'test_ppl')}; at most {bound} was asked for"
-        f"{'' if ratio <= bound else ', and is missed'})."
+        f"{ratio:.3f} × ({spread(best, 'test_ppl')} against {spread(rival, 'test_ppl')}; {verdict(ratio, bound)})."
     )
 
 

@@ -17,6 +17,8 @@ class NgramExpert(nn.Module):
     """p(w | x_{t-1} x_t), as `text.ngram.KneserNeyTrigram` has it; uniform until it is filled."""
 
     unigram: Tensor
+    bigram_grams: Tensor
+    trigram_grams: Tensor
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()

@@ -28,6 +28,7 @@ LATER = {
     "recipe.output_dropout": 0.0,
     "recipe.projection": False,
     "recipe.pointer_heads": 0,
+    "recipe.ngram": False,
     "train.schedule": "constant",
 }
 """Keys that runs of earlier versions do not have, and what those runs did."""

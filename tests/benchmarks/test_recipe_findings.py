@@ -16,7 +16,7 @@ def made(ppl, *arguments, seed=42):
     run = json.loads((ROOT / "docs" / "default-run" / "metrics.json").read_text())
     run["config"] = asdict(check_command_line(["experiment=best", f"seed={seed}", *arguments])[0])
     run["result"] |= {"val_ppl": ppl, "test_ppl": 2 * ppl, "train_val_gap": 5.0}
-    run["decode_state"] = {"bytes": {"10000": 1_000}}
+    run["decode_state"], run["ngram"] = {"bytes": {"10000": 1_000}}, {"bytes": 1_500_000}
     names = ("kneser_ney", "kneser_ney_cache", "test_kneser_ney", "test_kneser_ney_cache")
     run["footing"] = dict(zip((f"{name}_ppl" for name in names), (200.0, 70.0, 210.0, 100.0), strict=True))
     return copy.deepcopy(run)
@@ -29,6 +29,9 @@ def runs():
         made(60.0, "model=recurrence"),
         made(20.0, "model=transformer"),
         made(150.0, "recipe.pointer_heads=0", "recipe.pointer_values=false"),
+        made(55.0, "recipe.ngram=false"),
+        made(80.0, "recipe.pointer_heads=0", "recipe.pointer_values=false", "samples=500"),
+        made(120.0, "recipe.pointer_heads=0", "recipe.pointer_values=false", "recipe.ngram=false"),
         made(40.1, "recipe.context_dropout=0"),
         made(44.0, "interval=20"),
         made(30.0, "samples=500"),
@@ -38,7 +41,7 @@ def runs():
 def published(run):
     other = copy.deepcopy(run)
     other["result"]["test_ppl"] = 400.0
-    return [other]
+    return {100: [other], 500: [other]}
 
 
 def test_runs_are_grouped_by_what_they_change(runs):
@@ -52,19 +55,32 @@ def test_levers_stand_by_what_they_are_worth_against_the_same_seed(runs):
     table = recipe.lever_table(recipe.groups(runs)).splitlines()[2:]
     assert [line.split("|")[1].strip() for line in table] == [
         "without the pointer",
+        "without the pointer and without counting",
+        "without counting",
         "with one interval of 20",
         "without dropout of contexts",
         "the recipe",
     ]
-    assert [line.split("|")[3].strip() for line in table] == ["3.750 ×", "1.100 ×", "1.002 ×", "1"]
+    assert [line.split("|")[3].strip() for line in table] == [
+        "3.750 ×",
+        "3.000 ×",
+        "1.375 ×",
+        "1.100 ×",
+        "1.002 ×",
+        "1",
+    ]
 
 
 def test_sentences_follow_the_numbers(runs):
     said = " ".join(recipe.sentences(recipe.groups(runs), published(runs[0])))
     assert "0.250 × the published one's" in said
-    assert "the recipe is at 1.000 ×" in said
-    assert "1.429 × a Kneser-Ney trigram" in said
-    assert "and is missed: counting" in said
+    assert "0.150 × the published one's" in said
+    assert "the recipe is at 1.000 × (at most 1.0 was asked for)" in said
+    assert "1.5 MB of counts" in said
+    assert "reaches 110.0 (one seed), 1.100 × the trigram with its cache and 1.100 × the whole recipe" in said
+    assert "1.429 × the trigram alone (210.0; at most 0.95 was asked for, and is missed)" in said
+    assert "0.762 × the trigram alone (210.0; at most 1.0 was asked for)" in said
+    assert "1.143 × the trigram: counting remembers" in said
     against = {name: next(part for part in said.split("Against ") if part.startswith(f"`{name}`")) for name in
                ("recurrence", "transformer")}  # fmt: skip
     assert "0.833 ×" in against["recurrence"]
@@ -97,5 +113,17 @@ def test_page_and_comparisons_are_made_of_folders_of_runs(tmp_path, runs):
 
 
 def test_nothing_is_said_of_what_was_not_run(runs):
-    assert recipe.section(runs[3:], []) == []
-    assert "500 samples" not in " ".join(recipe.sentences(recipe.groups(runs[:3]), []))
+    assert recipe.section(runs[3:], {}) == []
+    assert "500 samples" not in " ".join(recipe.sentences(recipe.groups(runs[:3]), {}))
+    assert recipe.on_chats(runs) == []
+
+
+def test_conversations_have_a_sentence_and_are_in_no_table(runs):
+    on_chats = ["data=jsonl", "tokenizer=gpt2", "samples=300", "data.files=[chats.jsonl]"]
+    chats = [made(30.0, *on_chats), made(100.0, *on_chats)]
+    chats[1]["config"]["embedding"]["dim"] = 768
+    (said,) = recipe.on_chats([*runs, *chats])
+    assert "on 300 conversations of UltraChat" in said
+    assert "a test PPL of 60.0 (one seed), 0.300 × the published one's 200.0 (one seed; at most 0.7 was asked" in said
+    assert recipe.groups([*runs, *chats]) == recipe.groups(runs)
+    assert findings.published(chats) == []

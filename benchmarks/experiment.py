@@ -44,6 +44,11 @@ QUICK = Config(
 )
 
 
+def default(quick: bool) -> Config:
+    """The default experiment, or a tiny one."""
+    return QUICK if quick else Config()
+
+
 class Prepared(NamedTuple):
     """Everything before Phase 2, built from nothing, with the seconds that each stage took."""
 
@@ -55,11 +60,10 @@ class Prepared(NamedTuple):
 
 
 @contextmanager
-def temporary_experiment(quick: bool) -> Iterator[Prepared]:
-    """The default experiment, or a tiny one, prepared in a folder that vanishes with the block."""
+def temporary_experiment(config: Config) -> Iterator[Prepared]:
+    """An experiment, prepared in a folder that vanishes with the block."""
     with TemporaryDirectory(prefix="ctxkv-benchmark-") as root:
-        config = replace(QUICK if quick else Config(), cache_dir=str(Path(root) / "cache"))
-        yield prepare(config, Path(root) / "run")
+        yield prepare(replace(config, cache_dir=str(Path(root) / "cache")), Path(root) / "run")
 
 
 def prepare(config: Config, folder: Path) -> Prepared:

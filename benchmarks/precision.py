@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.experiment import our_run, temporary_experiment
+from benchmarks.experiment import default, our_run, temporary_experiment
 from benchmarks.harness import parse, parser, save
 
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     made.add_argument("--epochs", type=int, default=2)
     options = parse(made, argv)
     epochs = 1 if options.quick else options.epochs
-    with temporary_experiment(options.quick) as prepared:
+    with temporary_experiment(default(options.quick)) as prepared:
         runs = {name: our_run(prepared, name, epochs) for name in ("32-true", "bf16-mixed")}
         prepared.data.hparams["contexts_dtype"] = "bfloat16"
         prepared.data.use_encoders(prepared.data.encoder_folders)

@@ -196,14 +196,14 @@ def train_published(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Trains the published method on the default data and tells its curve."""
-    from benchmarks.experiment import published_run, temporary_experiment
+    from benchmarks.experiment import default, published_run, temporary_experiment
     from benchmarks.harness import parse, parser, save
 
     made = parser(__doc__)
     made.add_argument("--budget", type=float, default=math.inf, help="seconds after which no epoch is begun")
     made.add_argument("--sweeps", type=int, default=SWEEPS, help="fixed-point sweeps of both streams")
     options = parse(made, argv)
-    with temporary_experiment(options.quick) as prepared:
+    with temporary_experiment(default(options.quick)) as prepared:
         result = published_run(prepared, options.sweeps, options.budget, 2 if options.quick else 40)
     rows = [["epoch", "train PPL", "val PPL", "accuracy", "seconds"]]
     rows += [

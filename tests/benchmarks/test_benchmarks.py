@@ -190,7 +190,10 @@ def test_time_to_quality_compares_with_what_the_published_run_reached(tmp_path):
     assert result["published"]["stopped_by"] == "budget"
     assert len(result["published"]["epochs"]) == 1
     assert "budget" in result["target_is"]
-    assert (result["ratio"] is None) != result["ours"]["reached"]
+    for method in ("ours", "recipe"):
+        assert (result[method]["ratio"] is None) != result[method]["reached"]
+        assert result[method]["seconds_to_target"] > sum(result[method]["prepare_seconds"].values()) > 0
+    assert result["recipe"]["prepare_seconds"] != result["ours"]["prepare_seconds"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

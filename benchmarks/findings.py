@@ -119,7 +119,7 @@ def published(runs: Sequence[Run]) -> list[Run]:
         for run in runs
         if run["config"]["embedding"]["dim"] == 768
         and run["config"]["data"]["source"] == "pydocs"
-        and run["config"].get("recipe", plain) == plain
+        and {**plain, **run["config"].get("recipe", {})} == plain
         and run["config"]["train"].get("schedule", "constant") == "constant"
     ]
 

@@ -44,6 +44,7 @@ bench: $(STAMP) ## Measure every claim of speed and precision on this machine (1
 	$(BIN)/python -m benchmarks.allocator --output $(OUTPUT)
 	$(BIN)/python -m benchmarks.compile --output $(OUTPUT)
 	$(BIN)/python -m benchmarks.generate --steps 200 --output $(OUTPUT)
+	$(BIN)/python -m benchmarks.compile_step --output $(OUTPUT)
 	$(BIN)/python -m benchmarks.precision --epochs 1 --output $(OUTPUT)
 
 results: $(STAMP) ## Train every model and sweep, hours on two cores; what is finished is kept, RESULTS.md is made anew

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 OUTPUT ?= benchmarks/results
 
-.PHONY: help setup train test test-all lint results results-best bench bench-quality bench-scale bench-gpu clean
+.PHONY: help setup train test test-all lint results results-best results-recall bench bench-quality bench-scale bench-gpu clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,10 @@ results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it
 	$(BEST) train.schedule=constant train.warmup_steps=0 $(OUT)/without-schedule
 	$(BEST) samples=500 seed=42,1,2 $(OUT)/best-500
 	$(BIN)/python -m benchmarks.findings outputs/results
+
+results-recall: $(STAMP) ## Train on associative recall, half an hour on one core, ask all runs what they remember; RESULTS.md is made anew
+	$(BIN)/python train.py -m experiment=mqar seed=42,1,2 max_contexts=4,8,16,32,64,128 $(OUT)/mqar
+	$(BIN)/python -m benchmarks.recall outputs/results
 
 bench-quality: $(STAMP) ## Time to the published method's best PPL, which it takes half an hour to reach
 	$(BIN)/python -m benchmarks.time_to_quality --full --output $(OUTPUT)

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 OUTPUT ?= benchmarks/results
 
-.PHONY: help setup train test test-all lint results results-best results-chats bench bench-quality bench-scale bench-gpu clean
+.PHONY: help setup train test test-all lint results results-best results-chats results-recall bench bench-quality bench-scale bench-gpu clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,7 @@ bench: $(STAMP) ## Measure every claim of speed and precision on this machine (1
 	$(BIN)/python -m benchmarks.allocator --output $(OUTPUT)
 	$(BIN)/python -m benchmarks.compile --output $(OUTPUT)
 	$(BIN)/python -m benchmarks.generate --steps 200 --output $(OUTPUT)
+	$(BIN)/python -m benchmarks.compile_step --output $(OUTPUT)
 	$(BIN)/python -m benchmarks.precision --epochs 1 --output $(OUTPUT)
 
 results: $(STAMP) ## Train every model and sweep, hours on two cores; what is finished is kept, RESULTS.md is made anew
@@ -84,6 +85,10 @@ results-chats: $(STAMP) ## The recipe and the published model on CHATS=FILE, 1,0
 	$(BIN)/python train.py -m $(CHATS_FROM) $(OUT)/ultrachat
 	$(BEST) $(CHATS_FROM) $(OUT)/ultrachat-best
 	$(BIN)/python -m benchmarks.findings outputs/results
+
+results-recall: $(STAMP) ## Train on associative recall, half an hour on one core, ask all runs what they remember; RESULTS.md is made anew
+	$(BIN)/python train.py -m experiment=mqar seed=42,1,2 max_contexts=4,8,16,32,64,128 $(OUT)/mqar
+	$(BIN)/python -m benchmarks.recall outputs/results
 
 bench-quality: $(STAMP) ## Time to the published method's best PPL, which it takes half an hour to reach
 	$(BIN)/python -m benchmarks.time_to_quality --full --output $(OUTPUT)

@@ -13,7 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import recipe
+from benchmarks import recipe, remembered
+from benchmarks.recorded import Entry, kept_entries
 from ctxkv_lightning.config import RecipeConfig
 from ctxkv_lightning.report.comparison import write_comparison
 
@@ -35,8 +36,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if best:
         write_comparison(best, options.pages / "best")
     keep_metrics(options.runs, options.pages / "runs")
-    options.output.write_text(page(kept_runs(options.pages / "runs"), options.pages), encoding="utf-8")
+    write_page(options.pages, options.output)
     return options.output
+
+
+def write_page(pages: Path, output: Path) -> None:
+    """The page from what is kept, wherever the runs are."""
+    made = page(kept_runs(pages / "runs"), pages, kept_entries(pages / "recall"))
+    output.write_text(made, encoding="utf-8")
 
 
 def folders_of(runs: Path) -> tuple[list[Path], list[Path]]:
@@ -47,10 +54,11 @@ def folders_of(runs: Path) -> tuple[list[Path], list[Path]]:
 
 
 def keep_metrics(runs: Path, kept: Path) -> None:
-    """Copies every metrics.json, from which all of this can be made again."""
+    """Copies every metrics.json, from which all of this can be made again; of the recall task, evaluations are kept."""
     shutil.rmtree(kept, ignore_errors=True)
     for file in sorted(runs.rglob("metrics.json")):
-        if not any(part.startswith(".") for part in file.relative_to(runs).parts):
+        hidden = any(part.startswith(".") for part in file.relative_to(runs).parts)
+        if not hidden and json.loads(file.read_text(encoding="utf-8"))["config"]["data"]["source"] != "mqar":
             target = kept / file.relative_to(runs)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
@@ -166,8 +174,8 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def page(runs: Sequence[Run], pages: Path) -> str:
-    """The whole page."""
+def page(runs: Sequence[Run], pages: Path, recorded: Sequence[Entry]) -> str:
+    """The whole page, of runs' metrics and of what was recorded of their memory."""
     every, runs = runs, published(runs)
     parts = [
         "# Results",
@@ -191,6 +199,7 @@ def page(runs: Sequence[Run], pages: Path) -> str:
     parts += ["## What they say", "\n".join(f"{n}. {text}" for n, text in enumerate(sentences(runs, hundred), start=1))]
     ours = {size: next((row.runs for row in rows_of(runs, size) if row.name == OURS), []) for size in (100, 500)}
     parts += recipe.section(every, ours)
+    parts += remembered.section(recorded)
     return "\n\n".join(parts) + "\n"
 
 

@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from ctxkv_lightning.lm.generate import Decoder
 from ctxkv_lightning.lm.model import TiedLM
-from ctxkv_lightning.remember.recall import LEAD, Answer, Recall, answer, at_lag, fillers, likeliest, losses_of, planted
+from ctxkv_lightning.remember.recall import LEAD, Answer, Recall, answer, at_lag, fillers, likeliest, planted
 
 SAID, TAIL, ASKED = "\n\nThe pass key is", ". Remember it.\n\n", "\n\nThe pass key is"
 """What stands before the key, behind it, and at the end of the text."""
@@ -66,6 +68,14 @@ def drawn_keys(rng: np.random.Generator) -> list[int]:
 
 
 def key_losses(model: TiedLM, prompt: Tensor, keys: Sequence[Tensor]) -> Tensor:
-    """Nats (K,) that the tokens of each key, together, cost after a prompt (N,)."""
-    texts = (torch.cat([prompt, key]) for key in keys)
-    return torch.tensor([losses_of(model, text, given=len(prompt))[0].sum() for text in texts])
+    """Nats (K,) that the tokens of each key, together, cost after a prompt (N,), which is read once for all of them."""
+    device = model.embedding.weight.device
+    rows, lengths = torch.arange(len(keys)), torch.tensor([len(key) for key in keys])
+    padded, losses = pad_sequence(list(keys), batch_first=True), torch.zeros(len(keys), dtype=torch.float64)
+    decoder = Decoder(model, batch=len(keys))
+    logits = decoder.read(prompt.to(device).expand(len(keys), -1))
+    for place, tokens in enumerate(padded.T):
+        logits = logits if place == 0 else decoder.step(padded[:, place - 1].to(device))
+        cost = -torch.log_softmax(logits.double(), dim=-1).cpu()[rows, tokens]
+        losses += cost * (place < lengths)
+    return losses

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from ctxkv_lightning.report.drawing import GREY, label_ends, label_points, save_png, styled
+from ctxkv_lightning.report.drawing import GREY, PointLabel, label_ends, label_points, save_png, styled
 from ctxkv_lightning.report.looks import HEIGHT, SIZES, WIDTH, look, mark, width_for
 from ctxkv_lightning.report.memory_figure import kilobyte_ticks
 from ctxkv_lightning.report.recall_tables import ASKED, Evaluation, mean_recall
@@ -32,8 +32,11 @@ def write_figures(evaluations: Mapping[str, Evaluation], folder: Path) -> list[P
     return paths
 
 
-def by_state(evaluations: Mapping[str, Evaluation], suites: Sequence[str]) -> Figure:
-    """Recall over all lags by the bytes that a decoder keeps when it is asked, a panel for each suite."""
+def by_state(evaluations: Mapping[str, Evaluation], suites: Sequence[str], sizes: bool = False) -> Figure:
+    """Recall over all lags by the bytes that a decoder keeps when it is asked, a panel for each suite.
+
+    With `sizes`, runs of one model differ in their size alone: a line joins them, and the best bears its name.
+    """
     figure, panels = _panels(len(suites), WIDTH)
     for axes, suite in zip(panels, suites, strict=True):
         _frame(axes, evaluations, suite, MEASURES["recall"])
@@ -46,9 +49,21 @@ def by_state(evaluations: Mapping[str, Evaluation], suites: Sequence[str]) -> Fi
         axes.set(xscale="log", xlabel="KB of state when asked (log)")
         axes.set_xlim(min(places)[0] / 3, max(places)[0] * 3)
         kilobyte_ticks(axes)
+        if sizes:
+            points = _joined(axes, points)
         chance = [(x, _chance(evaluations, suite)) for x in axes.get_xlim()]
         label_points(axes, points, places, chance)
     return figure
+
+
+def _joined(axes: Axes, points: Sequence[PointLabel]) -> list[PointLabel]:
+    """Draws a line through the points of each colour, by x; returns the highest of each."""
+    curves: dict[str, list[PointLabel]] = {}
+    for point in sorted(points):
+        curves.setdefault(point[3], []).append(point)
+    for colour, curve in curves.items():
+        axes.plot([x for x, *_ in curve], [y for _, y, *_ in curve], color=colour, linewidth=1.2, zorder=2)
+    return [max(curve, key=lambda point: point[1]) for curve in curves.values()]
 
 
 def by_lag(evaluations: Mapping[str, Evaluation], suites: Sequence[str]) -> Figure:

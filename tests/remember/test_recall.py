@@ -7,7 +7,7 @@ import torch
 from ctxkv_lightning.lm.scoring import score_tokens
 from ctxkv_lightning.remember import copying, passkey
 from ctxkv_lightning.remember.copying import CANDIDATES, copy_suite, edges
-from ctxkv_lightning.remember.passkey import ASKED, passkey_suite
+from ctxkv_lightning.remember.passkey import ASKED, key_losses, passkey_suite
 from ctxkv_lightning.remember.recall import likeliest, next_losses
 from tests.lm.test_generate import MODELS, V, made
 
@@ -126,13 +126,15 @@ def remembering(span, seen):
     """Losses of a memory that finds the key likely where it was told with its last token at most `span` ago."""
     question = encode(ASKED)
 
-    def losses(model, text, given=1):
-        prompt, key = text[:given], text[given:]
-        seen.append(prompt)
+    def cost(prompt, key):
         told = torch.cat([question, key])
-        places = [i for i in range(given - len(told)) if torch.equal(prompt[i : i + len(told)], told)]
-        near = any(given - 1 - (place + len(told) - 1) <= span for place in places)
-        return np.full(len(key), 0.5 if near else 3.0), None
+        places = [i for i in range(len(prompt) - len(told)) if torch.equal(prompt[i : i + len(told)], told)]
+        near = any(len(prompt) - 1 - (place + len(told) - 1) <= span for place in places)
+        return len(key) * (0.5 if near else 3.0)
+
+    def losses(model, prompt, keys):
+        seen.append(prompt)
+        return torch.tensor([cost(prompt, key) for key in keys])
 
     return losses
 
@@ -140,13 +142,20 @@ def remembering(span, seen):
 @pytest.mark.parametrize("span", [59, 60, 500])
 def test_a_key_is_found_up_to_the_memorys_span(span, monkeypatch):
     seen = []
-    monkeypatch.setattr(passkey, "losses_of", remembering(span, seen))
+    monkeypatch.setattr(passkey, "key_losses", remembering(span, seen))
     found = passkey_suite(made("transformer"), encode, STREAM, distances=(60, 100), trials=3)
     for each in found.lags:
         near = each.first <= span
         assert each.recall.value == each.raised.value == pytest.approx(1 if near else 0.1)
         assert each.gain.value == pytest.approx(6 * 2.5 if near else 0)
     assert {len(prompt) for prompt in seen} == {found.tokens}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_keys_that_are_read_side_by_side_cost_what_each_costs_alone(name):
+    model, prompt, keys = made(name), STREAM[:50], [STREAM[60 : 60 + n] for n in (1, 4, 2)]
+    alone = [float(score_tokens(model, torch.cat([prompt, key]), given=50)[0].double().sum()) for key in keys]
+    assert key_losses(model, prompt, keys).tolist() == pytest.approx(alone, abs=1e-4)
 
 
 def test_keys_differ_and_an_untrained_model_guesses():

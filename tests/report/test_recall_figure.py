@@ -60,3 +60,13 @@ def test_tables_have_a_row_for_each_lag_and_no_minus_before_a_zero():
     assert cells[0] == ["1", "100", "mean", "never said", "state, bytes"]
     assert cells[2] == ["100.0 ± 10.0", "50.0 ± 10.0", "75.0", "10.0 ± 10.0", "4,000"]
     assert list(gain.columns[2].cells) == ["0.00 ± 0.10 (70 %)"] * 2
+
+
+def test_sizes_of_one_model_are_joined_and_the_best_bears_the_name():
+    sizes = {"small": (0.2, 1_000), "large": (0.6, 9_000), "middle": (0.9, 3_000)}
+    runs = {name: evaluation("context_kv", recall, recall, state) for name, (recall, state) in sizes.items()}
+    with styled():
+        (axes,) = by_state({**runs, "theirs": EVALUATIONS["theirs"]}, ["copy"], sizes=True).axes
+    curves = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines if len(line.get_xdata()) == 3]
+    assert curves == [([1.0, 3.0, 9.0], [pytest.approx(0.2), pytest.approx(0.9), pytest.approx(0.6)])]
+    assert {text.get_text() for text in axes.texts} == {"chance", "middle", "theirs"}

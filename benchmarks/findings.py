@@ -54,14 +54,20 @@ def folders_of(runs: Path) -> tuple[list[Path], list[Path]]:
 
 
 def keep_metrics(runs: Path, kept: Path) -> None:
-    """Copies every metrics.json, from which all of this can be made again; of the recall task, evaluations are kept."""
+    """Copies every metrics.json, from which all of this can be made again; of the recall task, evaluations are kept.
+
+    Of the text's own files the names are kept, not where they were.
+    """
     shutil.rmtree(kept, ignore_errors=True)
     for file in sorted(runs.rglob("metrics.json")):
         hidden = any(part.startswith(".") for part in file.relative_to(runs).parts)
-        if not hidden and json.loads(file.read_text(encoding="utf-8"))["config"]["data"]["source"] != "mqar":
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+        data = metrics["config"]["data"]
+        if not hidden and data["source"] != "mqar":
+            data["files"] = [Path(name).name for name in data.get("files", [])]
             target = kept / file.relative_to(runs)
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+            target.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
 def kept_runs(kept: Path) -> list[Run]:

@@ -99,6 +99,7 @@ def test_page_and_comparisons_are_made_of_folders_of_runs(tmp_path, runs):
     """The recipe's runs have a page of their own: beside the published ones they would differ in everything."""
     plain = json.loads((ROOT / "docs" / "default-run" / "metrics.json").read_text())
     plain["config"] |= {"selection": "strided"}
+    plain["config"]["data"]["files"] = ["elsewhere/chats.jsonl"]
     plain["decode_state"] = {"bytes": {"10000": 635_904}}
     for name, run in (("models", plain), *((f"best-{n}", run) for n, run in enumerate(runs[:3]))):
         (tmp_path / "runs" / name / "one").mkdir(parents=True)
@@ -107,7 +108,9 @@ def test_page_and_comparisons_are_made_of_folders_of_runs(tmp_path, runs):
         [str(tmp_path / "runs"), "--output", str(tmp_path / "R.md"), "--pages", str(tmp_path / "pages")]
     ).read_text()
     assert "## The recipe" in page
-    assert len(findings.kept_runs(tmp_path / "pages" / "runs")) == 4
+    kept = findings.kept_runs(tmp_path / "pages" / "runs")
+    assert len(kept) == 4
+    assert [run["config"]["data"]["files"] for run in kept if run["config"]["data"]["files"]] == [["chats.jsonl"]]
     assert (tmp_path / "pages" / "best" / "report.md").read_text().startswith("# 3 runs")
     assert (tmp_path / "pages" / "report.md").exists()
 

@@ -59,7 +59,7 @@ results: $(STAMP) ## Train every model and sweep, hours on two cores; what is fi
 BEST := $(BIN)/python train.py -m experiment=best
 OUT := hydra.sweep.dir=outputs/results
 
-results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it alone, two hours on two cores; RESULTS.md is made anew
+results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it alone, three hours on two cores; RESULTS.md is made anew
 	$(BEST) seed=42,1,2 $(OUT)/best
 	$(BEST) seed=42,1,2 model=recurrence,sliding_window,transformer $(OUT)/best-rivals
 	$(BEST) seed=42,1,2 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/without-pointer

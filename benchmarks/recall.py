@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import findings, recipe
-from benchmarks.recorded import RECORD, Entry, kept_entries
+from benchmarks.recorded import BEST, RECORD, Entry, kept_entries
 from benchmarks.remembered import draw
 from ctxkv_lightning.config import Config, ModelConfig, load_config
 from ctxkv_lightning.errors import UserError
@@ -73,7 +73,7 @@ def text_name(run: findings.Run) -> str | None:
         return published[0].name
     best, model = recipe.groups([run]), run["config"]["model"]["name"]
     with_recipe = recipe.of(best) or recipe.of(best, model__name=model)
-    return f"{model}, best" if with_recipe else None
+    return model + BEST if with_recipe else None
 
 
 def task_name(run: findings.Run) -> str:

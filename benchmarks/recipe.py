@@ -6,6 +6,7 @@ A run belongs here by its settings: those of `experiment=best` but for what the 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
 from ctxkv_lightning.config import flat
@@ -48,7 +49,7 @@ Published = Mapping[int, Sequence[Run]]
 
 def groups(runs: Sequence[Run]) -> dict[Key, list[Run]]:
     """The runs of the recipe, by what they change in it: sorted (key, value) pairs, none for the recipe itself."""
-    base = flat(asdict(check_command_line(["experiment=best"])[0]))
+    base = settings()
     found: dict[Key, list[Run]] = {}
     for run in runs:
         if not has_recipe(run) or run["config"]["data"]["source"] != base["data.source"]:
@@ -63,10 +64,16 @@ def groups(runs: Sequence[Run]) -> dict[Key, list[Run]]:
     return found
 
 
+@cache
+def settings() -> dict[str, Any]:
+    """Every setting of the recipe, by its dotted key."""
+    return flat(asdict(check_command_line(["experiment=best"])[0]))
+
+
 def has_recipe(run: Run) -> bool:
     """Whether a run is one of `experiment=best`, whatever was changed in it."""
     config: dict[str, Any] = run["config"]
-    return "recipe" in config and config["embedding"]["dim"] == 384
+    return "recipe" in config and config["embedding"]["dim"] == settings()["embedding.dim"]
 
 
 def of(found: dict[Key, list[Run]], **changed: Any) -> list[Run]:
@@ -118,7 +125,10 @@ def model_table(found: dict[Key, list[Run]]) -> str:
                 rows.append((mean(chosen), [samples, model, *cells(chosen)]))
         footing = next((run["footing"] for key, each in found.items() if dict(key) == more for run in each), None)
         if footing:
-            for name, label in (("kneser_ney", "Kneser-Ney trigram"), ("kneser_ney_cache", "the same + cache")):
+            for name, label in (
+                ("kneser_ney", "Kneser-Ney trigram"),
+                ("kneser_ney_cache", "Kneser-Ney trigram + cache"),
+            ):
                 ppl, test = footing[f"{name}_ppl"], footing[f"test_{name}_ppl"]
                 rows.append((ppl, [samples, label, f"{ppl:.1f}", f"{test:.1f}", "", "", "", ""]))
     rows.sort(key=lambda row: (row[1][0], row[0]))
@@ -199,10 +209,18 @@ def against_published(found: dict[Key, list[Run]], published: Published) -> list
             ratio = mean(best, "test_ppl") / mean(theirs, "test_ppl")
             said.append(
                 f"With {samples} samples the recipe reaches a test PPL of {spread(best, 'test_ppl')} ({seeds(best)}), "
-                f"{ratio:.3f} × the published one's {spread(theirs, 'test_ppl')} ({seeds(theirs)}; "
-                f"{verdict(ratio, bound)})."
+                f"{ratio:.3f} × the published one's {spread(theirs, 'test_ppl')} ({seeds(theirs)}"
+                f"{still_gaining(theirs)}; {verdict(ratio, bound)})."
             )
     return said
+
+
+def still_gaining(runs: Sequence[Run]) -> str:
+    """How many of these runs were best at the last epoch that they might take, in words; nothing if none was."""
+    last = sum(run["train"]["best_epoch"] == run["config"]["train"]["max_epochs"] for run in runs)
+    if not last:
+        return ""
+    return f", {'' if last == len(runs) else f'{last} of them '}still gaining when the epochs ended"
 
 
 def against_cache(found: dict[Key, list[Run]]) -> list[str]:

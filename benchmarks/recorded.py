@@ -17,6 +17,9 @@ RECORD = "evaluations.json"
 
 OURS = "context_kv, strided"
 
+BEST = ", best"
+"""What the name of a run of `experiment=best` ends with."""
+
 EDGES = ((19, 20, 21), (619, 620, 621))
 """Lags around the nearest and the farthest context of the published window."""
 

@@ -8,12 +8,14 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.recipe import markdown, numbered
-from benchmarks.recorded import EDGES, Entry, Row, excess, groups, kept_entries, moved, percent, texts
+from benchmarks.recorded import BEST, EDGES, Entry, Row, excess, groups, kept_entries, moved, percent, texts
 from benchmarks.remembered_sentences import task_sentences, text_sentences
 from ctxkv_lightning.report.drawing import save_png, styled
 from ctxkv_lightning.report.markdown import table as markdown_table
-from ctxkv_lightning.report.recall_figure import by_lag, by_state, write_figures
+from ctxkv_lightning.report.recall_figure import by_lag, by_state
 from ctxkv_lightning.report.recall_tables import mean_recall, tables
+
+ON_TEXT = ("copy", "passkey")
 
 LEFT = 100
 """Tokens of history that a column of the table leaves."""
@@ -46,7 +48,8 @@ TASK_FIGURES = (
 )
 TEXT_FIGURES = (
     "![Recall against bytes of state](docs/results/recall/recall.png)\n"
-    "![Recall by lag](docs/results/recall/recall_by_lag.png)"
+    "![Recall by lag, published models](docs/results/recall/published_by_lag.png)\n"
+    "![Recall by lag, the recipe](docs/results/recall/best_by_lag.png)"
 )
 ABOUT_TEXT = (
     "One run of each (100 samples, seed 42). Recalled: the right answer was the likeliest of 10, in % of the trials at "
@@ -107,7 +110,7 @@ def draw(folder: Path) -> None:
     """The figures and the tables of all lags, from what was recorded in the folder."""
     entries = kept_entries(folder)
     rows = groups(entries)
-    write_figures(texts(entries), folder)
+    draw_texts(texts(entries), folder)
     if rows:
         on_task = {row.name: pooled(row) for row in rows}
         few = {row.name: on_task[row.name] for row in shown(rows)}
@@ -115,6 +118,18 @@ def draw(folder: Path) -> None:
             save_png(by_state(on_task, ["mqar"], sizes=True), folder / "task_recall.png")
             save_png(by_lag(few, ["mqar"]), folder / "task_by_lag.png")
     (folder / "report.md").write_text(report(entries), encoding="utf-8", newline="\n")
+
+
+def draw_texts(evaluations: dict[str, dict[str, Any]], folder: Path) -> None:
+    """The figures of runs on the text: by bytes all together, by lag the recipe's apart, for they lie on each other."""
+    best = {name: each for name, each in evaluations.items() if name.endswith(BEST)}
+    published = {name: each for name, each in evaluations.items() if name not in best}
+    with styled():
+        if evaluations:
+            save_png(by_state(evaluations, ON_TEXT), folder / "recall.png")
+        for name, each in (("published", published), ("best", best)):
+            if each:
+                save_png(by_lag(each, ON_TEXT), folder / f"{name}_by_lag.png")
 
 
 def report(entries: Sequence[Entry]) -> str:

@@ -16,6 +16,7 @@ from ctxkv_lightning.config import Config, RecipeConfig
 from ctxkv_lightning.datamodule import COUNTED, SPLITS, ContextDataModule, counted_tokens
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
+from ctxkv_lightning.lm.recipe import Recipe
 from ctxkv_lightning.run.callbacks import log
 from ctxkv_lightning.store import Store, create_array, get_or_build
 from ctxkv_lightning.text import conversations, embedding, mqar, ngram, tokenizer
@@ -152,23 +153,23 @@ def build_data(config: Config, text: Text, table: Store) -> ContextDataModule:
         contexts_dtype=config.contexts.dtype,  # type: ignore[arg-type]
         seed=config.seed,
         processes=config.trainer.devices * config.trainer.num_nodes,
-        ngram=config.recipe.ngram and config.model.name != "cascade",
+        ngram=config.recipe.ngram,
     )
 
 
 def reach(config: Config) -> tuple[int, int]:
     """Positions of history that the model reads before a window, and what windows are aligned to."""
-    pointed = config.recipe.pointer_window if config.recipe.pointer_heads else int(config.recipe.ngram)
+    voices = Recipe(**(recipe_of(config) or {})).history
     match config.model.name:
         case "context_kv":
             on_grid, history = config.selection == "grid", (config.max_contexts - 1) * max(config.intervals)
-            return max(pointed, history), math.lcm(*config.intervals) if on_grid else 1
+            return max(voices, history), math.lcm(*config.intervals) if on_grid else 1
         case "sliding_window":
-            return max(pointed, config.window_tokens - 1), 1
+            return max(voices, config.window_tokens - 1), 1
         case "transformer":
-            return max(pointed, WINDOW), 1
+            return max(voices, WINDOW), 1
         case _:
-            return pointed, 1
+            return voices, 1
 
 
 def build_module(config: Config, vocab_size: int) -> ContextKVLMModule:

@@ -47,3 +47,8 @@ class Recipe:
         """Whether the head is the published one, whose loss needs nothing but the final states."""
         more = self.train_embedding or self.output_dropout or self.projection or self.pointer_heads or self.ngram
         return self.norm == "post" and not more
+
+    @property
+    def history(self) -> int:
+        """Positions before a window that the other voices read: the pointer's, or the token before for counts."""
+        return self.pointer_window if self.pointer_heads else int(self.ngram)

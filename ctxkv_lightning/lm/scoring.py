@@ -51,11 +51,11 @@ def memory_of(model: TiedLM, tokens: Tensor) -> Tensor:
 
 def _reach(model: TiedLM, N: int) -> tuple[int, int]:
     """Positions before a block that its first one reads, and what blocks begin at a multiple of."""
-    pointed = model.recipe.pointer_window if model.recipe.pointer_heads else int(model.recipe.ngram)
+    voices = model.recipe.history
     if isinstance(model, TransformerLM):
-        return (N if model.attention.window is None else max(pointed, model.attention.window - 1)), 1
+        return (N if model.attention.window is None else max(voices, model.attention.window - 1)), 1
     if not isinstance(model, ContextKVLM):
-        return pointed, 1
+        return voices, 1
     intervals = model.attention.intervals
     alignment = math.lcm(*intervals) if model.attention.selection == "grid" else 1
-    return max(pointed, (model.attention.max_contexts - 1) * max(intervals)), alignment
+    return max(voices, (model.attention.max_contexts - 1) * max(intervals)), alignment

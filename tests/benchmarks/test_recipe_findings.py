@@ -73,7 +73,7 @@ def test_levers_stand_by_what_they_are_worth_against_the_same_seed(runs):
 
 def test_sentences_follow_the_numbers(runs):
     said = " ".join(recipe.sentences(recipe.groups(runs), published(runs[0])))
-    assert "0.250 × the published one's" in said
+    assert "0.250 × the published one's 400.0 (one seed; at most 0.27 was asked for)" in said
     assert "0.150 × the published one's" in said
     assert "the recipe is at 1.000 × (at most 1.0 was asked for)" in said
     assert "1.5 MB of counts" in said
@@ -88,6 +88,17 @@ def test_sentences_follow_the_numbers(runs):
     assert "2.500 ×" in against["transformer"]
     assert "and is missed" in against["transformer"]
     assert "without dropout of contexts costs less than 1 %" in said
+
+
+def test_a_published_run_that_might_have_gone_on_is_said_to(runs):
+    other = published(runs[0])
+    last = other[500][0]
+    last["train"]["best_epoch"] = last["config"]["train"]["max_epochs"]
+    other[100] = [copy.deepcopy(last), copy.deepcopy(last)]
+    other[100][0]["train"]["best_epoch"] = 1
+    said = " ".join(recipe.sentences(recipe.groups(runs), other))
+    assert "(2 seeds, 1 of them still gaining when the epochs ended; at most 0.27" in said
+    assert "(one seed, still gaining when the epochs ended" in said
 
 
 def test_other_changes_and_repeated_seeds_are_no_levers(runs):

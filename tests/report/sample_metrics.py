@@ -22,6 +22,31 @@ def sample_metrics(
         "config": _config(interval, heads, max_contexts),
         "versions": {"python": "3.11.7", "torch": "2.13.0", "lightning": "2.6.6", "ctxkv_lightning": "0.1.0"},
         "machine": {"device": "cpu", "precision": "32-true", "threads": 2, "processor": "x86_64"},
+        **_sizes(),
+        "window": {
+            "interval": interval,
+            "max_contexts": max_contexts,
+            "span_tokens": (max_contexts - 1) * interval + 1,
+            "theoretical_max": TRAIN_TOKENS // interval + 1,
+        },
+        "pretrain": _pretrain(iterations),
+        "contexts": _contexts(),
+        "train": {"epochs": rows, "best_epoch": best["epoch"], "stopped_early": epochs == 8},
+        "result": {
+            "val_ppl": best["val_ppl"],
+            "val_accuracy": best["val_accuracy"],
+            "test_ppl": 372.6,
+            "test_accuracy": 0.159,
+            "train_val_gap": best["val_ppl"] - best["train_ppl"],
+        },
+        **_measured(),
+        "seconds": {"text": 1.1, "pretrain": 7.0, "contexts": 0.6, "train": 89.2, "total": 97.9},
+        "attention": {"slot_weights": [_slot_weights(head, max_contexts) for head in range(heads)]},
+    }
+
+
+def _sizes() -> dict[str, Any]:
+    return {
         "data": {
             "train_tokens": TRAIN_TOKENS,
             "val_tokens": VAL_TOKENS,
@@ -41,22 +66,11 @@ def sample_metrics(
             "attention": 1_577_472,
             "ffn": 4_723_968,
         },
-        "window": {
-            "interval": interval,
-            "max_contexts": max_contexts,
-            "span_tokens": (max_contexts - 1) * interval + 1,
-            "theoretical_max": TRAIN_TOKENS // interval + 1,
-        },
-        "pretrain": _pretrain(iterations),
-        "contexts": _contexts(),
-        "train": {"epochs": rows, "best_epoch": best["epoch"], "stopped_early": epochs == 8},
-        "result": {
-            "val_ppl": best["val_ppl"],
-            "val_accuracy": best["val_accuracy"],
-            "test_ppl": 372.6,
-            "test_accuracy": 0.159,
-            "train_val_gap": best["val_ppl"] - best["train_ppl"],
-        },
+    }
+
+
+def _measured() -> dict[str, Any]:
+    return {
         "footing": {
             "unigram_ppl": 982.0,
             "kneser_ney_ppl": 407.0,
@@ -71,8 +85,6 @@ def sample_metrics(
             {"stage": "contexts", "cpu_gb": 1.38, "gpu_gb": None},
             {"stage": "train", "cpu_gb": 2.71, "gpu_gb": None},
         ],
-        "seconds": {"text": 1.1, "pretrain": 7.0, "contexts": 0.6, "train": 89.2, "total": 97.9},
-        "attention": {"slot_weights": [_slot_weights(head, max_contexts) for head in range(heads)]},
     }
 
 

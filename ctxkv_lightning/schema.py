@@ -132,6 +132,9 @@ class RecipeConfig:
     """What is pointed at is also read into the final state, as attention reads values."""
     ngram: bool = False
     """The Kneser-Ney trigram of the training text speaks too; in training, that of the text's other nine tenths."""
+    apart: bool = False
+    """The head learns as if pointer and trigram were silent, and how to mix them with it is learnt in the first epoch
+    alone, on text that the head has not seen."""
 
 
 @dataclass

@@ -75,6 +75,12 @@ class TiedLM(PretrainedModule):
             smoothed = counts + UNSEEN
             self.output.bias.data.copy_((smoothed / smoothed.sum()).log())
 
+    def learnt_at_first(self) -> list[nn.Parameter]:
+        """The parameters that learn in the first epoch alone."""
+        if self.output is None or self.output.gate is None or not self.output.apart:
+            return []
+        return list(self.output.gate.parameters())
+
     @property
     def table(self) -> Tensor:
         """E (V, D) of the head and of `embed`."""
@@ -109,7 +115,7 @@ class TiedLM(PretrainedModule):
         return self(self.embedding_dropout(embeddings), memory, first)
 
     def loss(self, hidden: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
-        """Summed loss in nats, and its parts (n,), of the positions that count among states (B, T, D)."""
+        """What is to be minimised, summed, and losses (n,) in nats, of the positions that count in states (B, T, D)."""
         if self.output is not None:
             return self.output.loss(hidden, self.table, asked)
         flat, counted, targets = hidden.flatten(0, 1), asked.counted, asked.targets

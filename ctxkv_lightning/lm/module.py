@@ -1,6 +1,7 @@
 """Phase 2: attention and feed-forward layers learn on stored contexts, everything else frozen."""
 
 import logging
+import math
 from typing import Any, Literal
 
 import lightning as L
@@ -85,12 +86,13 @@ class ContextKVLMModule(L.LightningModule):
         hidden, asked = self._hidden(batch)
         total, nll = self.model.loss(hidden, asked)
         # Ranks get different numbers of tokens, and their gradients are averaged.
-        loss = total / (batch.total / self.trainer.world_size)
+        tokens = batch.total / self.trainer.world_size
+        loss, said = total / tokens, nll.sum() / tokens
         self._refuse_broken_updates(loss.detach(), batch_index)
         self.train_ppl.update(nll)
         self.log("train/ppl", self.train_ppl, on_step=False, on_epoch=True, logger=False)
-        self.log("train/loss", loss.detach(), on_step=True, on_epoch=False, sync_dist=True)
-        self.log("ppl", loss.detach().exp(), on_step=True, on_epoch=False, prog_bar=True, logger=False)
+        self.log("train/loss", said, on_step=True, on_epoch=False, sync_dist=True)
+        self.log("ppl", said.exp(), on_step=True, on_epoch=False, prog_bar=True, logger=False)
         return loss
 
     def validation_step(self, batch: Windows, batch_index: int) -> None:
@@ -149,25 +151,34 @@ class ContextKVLMModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW; what is no matrix does not decay where there is a schedule, which is one step long at least."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        decay = self.hparams["weight_decay"]
-        if self.hparams["schedule"] == "constant":
-            return torch.optim.AdamW(trained, lr=self.hparams["lr"], weight_decay=decay, fused=True)
-        optimizer = torch.optim.AdamW(self._groups(decay), lr=self.hparams["lr"], fused=True)
+        at_first = self.model.learnt_at_first()
+        known = {id(p) for p in at_first}
+        groups = self._groups([p for p in self.parameters() if p.requires_grad and id(p) not in known])
+        first = self._groups(at_first) if at_first else []
+        optimizer = torch.optim.AdamW(groups + first, lr=self.hparams["lr"], fused=True)
+        if self.hparams["schedule"] == "constant" and not first:
+            return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, steps))
+        epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        rates = [lambda step: self._rate(step, steps)] * len(groups)
+        rates += [lambda step: self._rate(step, steps) * (step < epoch)] * len(first)  # a rate of 0 stops decay too
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _groups(self, decay: float) -> list[dict[str, Any]]:
-        """Matrices decay; vectors, and the embedding, whose rare rows would only shrink, do not."""
+    def _groups(self, trained: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
+        """All decay, as published; on a schedule neither vectors do nor the embedding, whose rare rows would shrink."""
+        decay = self.hparams["weight_decay"]
+        if self.hparams["schedule"] == "constant":
+            return [{"params": trained, "weight_decay": decay}]
         table = self.model.table
-        trained = [p for p in self.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.ndim > 1 and p is not table]
         others = [p for p in trained if p.ndim < 2 or p is table]
         return [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
 
     def _rate(self, step: int, steps: int) -> float:
         """The learning rate of a step, as a part of `lr`: up over the warm-up, then down to `LAST_RATE` in a line."""
+        if self.hparams["schedule"] == "constant":
+            return 1.0
         rising = min(1.0, (step + 1) / max(1, self.hparams["warmup_steps"]))
         return rising * max(LAST_RATE, 1 - step / max(1, steps))
 

@@ -4,6 +4,12 @@
 
 p_h are the heads of a `CachePointer`, p_n is an `NgramExpert`; z is the (pre-norm: normalised) final state. Without a
 projection W is the identity and b is 0; without other voices g_0 is 1.
+
+Learnt jointly, by -log p, the head need not know what another voice knows, and the shares learn to trust a head that
+has seen the text before: on new text it is trusted too much. Learnt `apart`, the loss is -log p_0 - log p, of which the
+second part leaves the head and the state that the gate reads as they are, and the gate learns in the first epoch alone,
+while every text is new. So a language model is mixed with a cache that was not trained with it (Grave, Joulin &
+Usunier, 2017; Khandelwal et al., 2020), save that the shares differ by position, and that no held-out text is needed.
 """
 
 from collections.abc import Iterator
@@ -87,6 +93,7 @@ class Output(nn.Module):
         self.pointer: CachePointer | None = None
         self.ngram = NgramExpert(vocab_size) if recipe.ngram else None
         self.gate = Gate(embedding_dim, heads, recipe.ngram) if heads or recipe.ngram else None
+        self.apart = recipe.apart and self.gate is not None
         if isinstance(self.projection, nn.Linear):
             nn.init.zeros_(self.projection.weight)
         if heads:
@@ -94,14 +101,19 @@ class Output(nn.Module):
             self.pointer = CachePointer(embedding_dim, context_dim, heads, dim, window, recipe.pointer_values)
 
     def loss(self, hidden: Tensor, table: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
-        """Summed loss, and its parts (n,), of the positions that count among final states (B, T, D)."""
+        """What is to be minimised, summed, and -log p (n,) of the positions that count among states (B, T, D)."""
         state, targets, counted = self.norm(hidden), asked.targets, asked.counted
         share = mass = state.new_zeros(state.shape[:2], dtype=torch.float32)
         if self.gate is not None:
             state, share, mass = self._other_voices(self.gate, state, table, asked)
         wanted = self.projection(self.dropout(state)).flatten(0, 1)
         flat = [x if counted is None else x[counted] for x in (wanted, share.flatten(), mass.flatten())]
-        return mixed_cross_entropy(flat[0], table, self.bias, targets, flat[1], flat[2])
+        if not self.apart:
+            return mixed_cross_entropy(flat[0], table, self.bias, targets, flat[1], flat[2])
+        silent = torch.zeros_like(flat[1])
+        alone, own = mixed_cross_entropy(flat[0], table, self.bias, targets, silent, silent)
+        nll = -torch.logaddexp(flat[1] - own, _log(flat[2]))
+        return alone + nll.sum(), nll.detach()
 
     def log_probabilities(
         self, hidden: Tensor, table: Tensor, memory: Tensor, tokens: Tensor, first: Tensor | None
@@ -145,7 +157,7 @@ class Output(nn.Module):
         following, states, shares, masses = self._following(state, asked), [], [], []
         for rows, part, pointed in self._parts(state, table, asked.memory, asked.tokens, asked.first):
             said = None if asked.ngram is None or self.ngram is None else asked.ngram[:, rows]
-            gates = gate(part, pointed, None if said is None else said[..., 1:])
+            gates = gate(part.detach() if self.apart else part, pointed, None if said is None else said[..., 1:])
             mass = torch.zeros_like(gates[..., 0])
             if pointed is not None:
                 right = pointed.followers[:, None] == following[:, rows, None]
@@ -185,3 +197,8 @@ class Output(nn.Module):
             return before
         index = torch.arange(begin - 1, begin - 1 + T, device=tokens.device)
         return before.masked_fill(index < first[:, None], V)
+
+
+def _log(p: Tensor) -> Tensor:
+    """log p, -inf with a gradient of 0 where p is 0."""
+    return torch.where(p > 0, p, 1.0).log().masked_fill(p <= 0, -torch.inf)

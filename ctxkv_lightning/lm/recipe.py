@@ -22,6 +22,7 @@ class Recipe:
     `pointer_heads`: heads of a `CachePointer` of `pointer_dim` numbers each over the last `pointer_window` contexts;
     0 for none. `pointer_values`: what is pointed at is also read into the final state.
     `ngram`: the Kneser-Ney trigram of the training text speaks too, while training that of the rest of the text.
+    `apart`: the head learns as if nothing else spoke, and the voices' shares in the first epoch alone; see `Output`.
     """
 
     norm: Norm = "post"
@@ -35,6 +36,7 @@ class Recipe:
     pointer_window: int = 620
     pointer_values: bool = False
     ngram: bool = False
+    apart: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for what no model can be built with, wherever it comes from."""

@@ -29,6 +29,7 @@ LATER = {
     "recipe.projection": False,
     "recipe.pointer_heads": 0,
     "recipe.ngram": False,
+    "recipe.apart": False,
     "train.schedule": "constant",
 }
 """Keys that runs of earlier versions do not have, and what those runs did."""

@@ -106,6 +106,47 @@ def test_the_loss_is_that_of_the_probabilities(heads, ngram, some):
     torch.testing.assert_close(total, expected.sum())
 
 
+@pytest.mark.parametrize("ngram", [False, True])
+def test_apart_the_head_learns_as_if_it_were_alone(ngram):
+    """Its loss is added to the mixture's, which moves neither it nor what the gate reads, but gate and pointer."""
+    torch.manual_seed(0)
+    T, S = 9, 5
+    joint = made_output(4, ngram=ngram, pointer_values=False)
+    apart = made_output(4, ngram=ngram, pointer_values=False, apart=True)
+    apart.load_state_dict(joint.state_dict())
+    tables = [torch.randn(V, D).requires_grad_() for _ in range(3)]
+    for table in tables[1:]:
+        table.data.copy_(tables[0].data)
+    contexts, tokens, targets = torch.randn(2, S + T, C), torch.randint(0, V, (2, S + T)), torch.randint(0, V, (2 * T,))
+    said = of_counts(tokens, targets.view(2, T)) if ngram else None
+    asked, hidden = Asked(contexts, tokens, targets, None, None, said), torch.randn(2, T, D)
+    both, nll = apart.loss(hidden, tables[0], asked)
+    mixed, expected = joint.loss(hidden, tables[1], asked)
+    wanted = apart.projection(apart.norm(hidden)).flatten(0, 1)
+    alone = F.cross_entropy(wanted @ tables[2].T + apart.bias, targets, reduction="sum")
+    torch.testing.assert_close(nll, expected)
+    torch.testing.assert_close(both, mixed + alone)
+    head = [apart.projection.weight, apart.bias]
+    ours = torch.autograd.grad(both, [*head, tables[0]], retain_graph=True)
+    for one, other in zip(ours, torch.autograd.grad(alone, [*head, tables[2]]), strict=True):
+        torch.testing.assert_close(one, other)
+    for module, same in ((apart.gate, joint.gate), (apart.pointer, joint.pointer)):
+        ours = torch.autograd.grad(both, list(module.parameters()), retain_graph=True, allow_unused=True)
+        theirs = torch.autograd.grad(mixed, list(same.parameters()), retain_graph=True, allow_unused=True)
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_apart_a_target_that_no_other_voice_gives_leaves_finite_gradients():
+    """At the first position there is nothing to point at."""
+    output, table = made_output(4, ngram=False, apart=True), torch.randn(V, D)
+    asked = Asked(torch.randn(1, 1, C), torch.zeros(1, 1).long(), torch.tensor([3]), None, None)
+    total, nll = output.loss(torch.randn(1, 1, D), table, asked)
+    total.backward()
+    torch.testing.assert_close(total.detach(), 2 * nll.sum())
+    assert all(p.grad.isfinite().all() for p in output.parameters() if p.grad is not None)
+
+
 def test_every_gradient_of_the_mixed_loss_is_that_of_autograd():
     """In fp64, over more rows than a chunk holds."""
     torch.manual_seed(1)

@@ -2,6 +2,7 @@
 
 import math
 
+import lightning as L
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ RECIPE = {
     "pointer_window": 6,
     "pointer_values": True,
     "ngram": True,
+    "apart": False,
 }
 MODELS = ["context_kv", "transformer", "sliding_window", "recurrence"]
 
@@ -85,6 +87,36 @@ def test_the_learning_rate_rises_and_falls_in_lines_and_only_matrices_decay(stor
     assert not any(p is module.model.table for p in decaying["params"])
     together = {*map(id, decaying["params"]), *map(id, still["params"])}
     assert together == {id(p) for p in module.parameters() if p.requires_grad}
+
+
+class Gates(L.Callback):
+    """The gate's parameters at the end of every epoch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.seen.append([p.detach().clone() for p in pl_module.model.output.gate.parameters()])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_apart_shares_are_learnt_in_the_first_epoch_alone(stores, tmp_path, schedule, apart):  # noqa: F811
+    data = opened(stores, tmp_path, history=9, batch_tokens=20, ngram=True)
+    module = ContextKVLMModule(**SIZES, recipe={**RECIPE, "apart": apart}, schedule=schedule, lr=0.01)
+    gates = Gates()
+    gates.seen.append([p.detach().clone() for p in module.model.output.gate.parameters()])
+    run = trainer(tmp_path, max_epochs=3, callbacks=[gates])
+    run.fit(module, datamodule=data)
+    start, first, *later = gates.seen
+    assert not any(torch.equal(one, other) for one, other in zip(start, first, strict=True))
+    assert len(later) == 2
+    for seen in later:
+        still = [torch.equal(one, other) for one, other in zip(first, seen, strict=True)]
+        assert all(still) if apart else not any(still)
+    groups = [{id(p) for p in group["params"]} for group in run.optimizers[0].param_groups]
+    assert sum(map(len, groups)) == len(set().union(*groups))
+    assert set().union(*groups) == {id(p) for p in module.parameters() if p.requires_grad}
 
 
 def test_weights_that_are_given_are_not_overwritten_by_a_start(stores, tmp_path):  # noqa: F811

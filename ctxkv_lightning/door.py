@@ -103,8 +103,9 @@ def identity(config: Config) -> str:
     # What came later is left out where it is not used, or folders of sweeps begun before it would not be found.
     if config.data.source != "mqar":
         del settings["data"]["mqar"]
-    if not effective.recipe.apart:
-        del settings["recipe"]["apart"]
+    for later in ("apart", "read_current"):
+        if not settings["recipe"][later]:
+            del settings["recipe"][later]
     if effective.recipe == RecipeConfig() and effective.train.schedule == "constant":
         del settings["recipe"], settings["train"]["schedule"], settings["train"]["warmup_steps"]
     return _hash(settings)

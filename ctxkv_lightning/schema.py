@@ -123,6 +123,8 @@ class RecipeConfig:
     output_dropout: float = number(0.0, at_least=0, below=1)
     projection: bool = False
     """logits = E W h + b: W starts at zero, b at the unigram."""
+    read_current: bool = False
+    """For `context_kv`: the current context is also read directly, beside attention."""
     pointer_heads: int = number(0, at_least=0)
     """Heads of a pointer to the tokens that followed contexts like the current one; 0: none."""
     pointer_dim: int = number(64, at_least=1)

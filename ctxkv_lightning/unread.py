@@ -5,9 +5,9 @@ _PHASE_ONE = ("context_dim", "pretrain", "contexts")
 _BY_MODEL = {
     "context_kv": ("model.window_tokens",),
     "cascade": (*_WINDOW, "heads", "model.window_tokens", "model.ffn_dim", "model.dropout", "recipe"),
-    "transformer": (*_WINDOW, "model.window_tokens"),
-    "sliding_window": _WINDOW,
-    "recurrence": (*_WINDOW, "heads", "model.window_tokens"),
+    "transformer": (*_WINDOW, "model.window_tokens", "recipe.read_current"),
+    "sliding_window": (*_WINDOW, "recipe.read_current"),
+    "recurrence": (*_WINDOW, "heads", "model.window_tokens", "recipe.read_current"),
 }
 _OF_CONTEXTS = (*_PHASE_ONE, "recipe.context_dropout")
 """What a model that attends to tokens reads only if there is a pointer, which points at contexts."""

@@ -35,7 +35,9 @@ RECIPE = RecipeConfig(
     pointer_dim=8,
     pointer_window=30,
     pointer_values=True,
+    read_current=True,
     ngram=True,
+    apart=True,
 )
 TRAIN = TrainConfig(batch_tokens=3400, max_epochs=3, patience=9, schedule="linear", warmup_steps=4, lr=0.003)
 MODELS = ["context_kv", "transformer", "sliding_window", "recurrence"]

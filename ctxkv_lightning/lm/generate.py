@@ -162,7 +162,8 @@ class Decoder:
             mixed = self._attend_to_contexts(embedding)
         else:
             mixed = self._attend_to_pairs(embedding, own)
-        return model.ffn(model.attention.combine(embedding[:, None], mixed))[:, 0]
+        now = None if model.reads_tokens else self.state["context"][:, None]
+        return model.ffn(model.attention.combine(embedding[:, None], mixed, now))[:, 0]
 
     def _logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """(B, V) from the final states (B, D) at tokens (B,)."""

@@ -156,7 +156,7 @@ class TiedLM(PretrainedModule):
 class ContextAttention(nn.Module):
     """Multi-head attention over selected contexts: queries from embeddings (D), keys and values from contexts (C).
 
-    `interval` is one for all heads or a list of one for each.
+    `interval` is one for all heads or a list of one for each. With `read_current`, W c_t joins what was attended to.
     """
 
     def __init__(
@@ -169,6 +169,7 @@ class ContextAttention(nn.Module):
         dropout: float,
         selection: Selection = "strided",
         norm: Norm = "post",
+        read_current: bool = False,
     ) -> None:
         super().__init__()
         self.residual = norm
@@ -181,6 +182,7 @@ class ContextAttention(nn.Module):
         self.key = nn.Linear(context_dim, embedding_dim)
         self.value = nn.Linear(context_dim, embedding_dim)
         self.output = nn.Linear(embedding_dim, embedding_dim)
+        self.read = nn.Linear(context_dim, embedding_dim) if read_current else None
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(embedding_dim)
         if norm == "pre":  # each layer starts as the identity
@@ -190,15 +192,21 @@ class ContextAttention(nn.Module):
         """(B, T, D) from embeddings (B, T, D) and contexts (B, S+T, C), the first S of them history."""
         query, key, value = (self.split(x) for x in (self.ask(embeddings), self.key(contexts), self.value(contexts)))
         mixed = attend(query, key, value, self.intervals, self.max_contexts, self.selection, first)
-        return self.combine(embeddings, mixed)
+        return self.combine(embeddings, mixed, contexts[:, contexts.shape[1] - embeddings.shape[1] :])
 
     def ask(self, embeddings: Tensor) -> Tensor:
         """Queries (..., D), of all heads side by side."""
         return self.query(self.norm(embeddings) if self.residual == "pre" else embeddings)
 
-    def combine(self, embeddings: Tensor, mixed: Tensor) -> Tensor:
-        """e + dropout(W_o mixed), (B, T, D), normalised if `norm` is "post", of the heads' outputs (B, H, T, d)."""
-        both = embeddings + self.dropout(self.output(mixed.transpose(1, 2).flatten(2)))
+    def combine(self, embeddings: Tensor, mixed: Tensor, now: Tensor | None = None) -> Tensor:
+        """e + dropout(W_o mixed + W c), (B, T, D), normalised if `norm` is "post".
+
+        `mixed` are the heads' outputs (B, H, T, d), `now` the current contexts c (B, T, C): read with `read_current`.
+        """
+        found = self.output(mixed.transpose(1, 2).flatten(2))
+        if self.read is not None and now is not None:
+            found = found + self.read(now)
+        both = embeddings + self.dropout(found)
         return both if self.residual == "pre" else self.norm(both)
 
     def slot_weights(self, embeddings: Tensor, contexts: Tensor, first: Tensor | None = None) -> Tensor:
@@ -249,9 +257,8 @@ class ContextKVLM(TiedLM):
         super().__init__(vocab_size, embedding_dim, context_dim, recipe)
         norm = self.recipe.norm
         self.encoder = ContextEncoder(context_dim, embedding_dim).requires_grad_(False)
-        self.attention = ContextAttention(
-            embedding_dim, context_dim, heads, interval, max_contexts, dropout, selection, norm
-        )
+        reads, D, C = self.recipe.read_current, embedding_dim, context_dim
+        self.attention = ContextAttention(D, C, heads, interval, max_contexts, dropout, selection, norm, reads)
         self.ffn = FeedForward(embedding_dim, ffn_dim, norm, dropout if norm == "pre" else 0.0)
 
     def forward(self, embeddings: Tensor, contexts: Tensor, first: Tensor | None = None) -> Tensor:

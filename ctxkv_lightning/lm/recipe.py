@@ -19,6 +19,7 @@ class Recipe:
     `train_embedding`: input and output share a trained copy of the frozen table; the encoder goes on reading that one.
     `embedding_dropout`, `context_dropout`, `output_dropout`: of normalised embeddings, of contexts, of final states.
     `projection`: logits = E W h + b instead of E h; W starts at zero and b at the training text's unigram.
+    `read_current`: to what attention reads comes W c_t, the current context as `recurrence` reads it; in `context_kv`.
     `pointer_heads`: heads of a `CachePointer` of `pointer_dim` numbers each over the last `pointer_window` contexts;
     0 for none. `pointer_values`: what is pointed at is also read into the final state.
     `ngram`: the Kneser-Ney trigram of the training text speaks too, while training that of the rest of the text.
@@ -31,6 +32,7 @@ class Recipe:
     context_dropout: float = 0.0
     output_dropout: float = 0.0
     projection: bool = False
+    read_current: bool = False
     pointer_heads: int = 0
     pointer_dim: int = 64
     pointer_window: int = 620

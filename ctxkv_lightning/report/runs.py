@@ -27,6 +27,7 @@ LATER = {
     "recipe.context_dropout": 0.0,
     "recipe.output_dropout": 0.0,
     "recipe.projection": False,
+    "recipe.read_current": False,
     "recipe.pointer_heads": 0,
     "recipe.ngram": False,
     "recipe.apart": False,

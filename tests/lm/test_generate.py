@@ -37,6 +37,7 @@ RECIPE = {
     "norm": "pre",
     "train_embedding": True,
     "projection": True,
+    "read_current": True,
     "pointer_heads": 2,
     "pointer_window": 24,
     "pointer_values": True,

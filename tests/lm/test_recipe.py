@@ -28,6 +28,7 @@ ALL = {
     "pointer_dim": 4,
     "pointer_window": 7,
     "pointer_values": True,
+    "read_current": True,
     "ngram": True,
 }
 TRIGRAM = KneserNeyTrigram(np.random.default_rng(0).geometric(0.3, 200).clip(1, V) - 1, V)
@@ -203,6 +204,27 @@ def test_pre_norm_layers_start_as_the_identity_but_for_their_biases(name):
     else:
         embeddings = embeddings + model.attention.output.bias
     torch.testing.assert_close(hidden, embeddings + model.ffn.down.bias)
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_the_current_context_is_read_beside_attention(norm):
+    torch.manual_seed(0)
+    model = shaken(ContextKVLM(V, D, C, 2, 3, 4, 16, 0.1, recipe={"norm": norm, "read_current": True}))
+    plain = ContextKVLM(V, D, C, 2, 3, 4, 16, 0.1, recipe={"norm": norm}).eval()
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if "attention.read" not in key})
+    embeddings, contexts = torch.randn(2, 9, D), torch.randn(2, 14, C)
+    for t in range(9):
+        with torch.no_grad():
+            one, past = embeddings[:, t : t + 1], contexts[:, : 6 + t]
+            query, key, value = (plain.attention.split(x) for x in (
+                plain.attention.ask(one), plain.attention.key(past), plain.attention.value(past)
+            ))  # fmt: skip
+            mixed = oracles.gather_attention(query, key, value, 3, 4)
+            found = plain.attention.output(mixed.transpose(1, 2).flatten(2)) + model.attention.read(
+                contexts[:, 5 + t, None]
+            )
+            expected = plain.ffn(one + found if norm == "pre" else plain.attention.norm(one + found))
+            torch.testing.assert_close(model(embeddings, contexts)[:, t : t + 1], expected)
 
 
 def test_an_empty_recipe_is_the_published_model():

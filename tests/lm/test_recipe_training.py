@@ -23,6 +23,7 @@ RECIPE = {
     "pointer_window": 6,
     "pointer_values": True,
     "ngram": True,
+    "read_current": True,
     "apart": False,
 }
 MODELS = ["context_kv", "transformer", "sliding_window", "recurrence"]

@@ -62,10 +62,13 @@ OUT := hydra.sweep.dir=outputs/results
 results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it alone, three hours on two cores; RESULTS.md is made anew
 	$(BEST) seed=42,1,2 $(OUT)/best
 	$(BEST) seed=42,1,2 model=recurrence,sliding_window,transformer $(OUT)/best-rivals
+	$(BEST) seed=42,1,2 model=sliding_window model.window_tokens=104 recipe.pointer_window=310 $(OUT)/equal-bytes
 	$(BEST) seed=42,1,2 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/without-pointer
 	$(BEST) seed=42,1,2 recipe.ngram=false $(OUT)/without-ngram
 	$(BEST) recipe.pointer_heads=0 recipe.pointer_values=false recipe.ngram=false $(OUT)/without-both
 	$(BEST) recipe.pointer_values=false $(OUT)/without-values
+	$(BEST) recipe.read_current=false $(OUT)/without-current
+	$(BEST) recipe.apart=false $(OUT)/without-apart
 	$(BEST) recipe.train_embedding=false $(OUT)/without-train-embedding
 	$(BEST) recipe.projection=false $(OUT)/without-projection
 	$(BEST) recipe.norm=post $(OUT)/without-pre-norm

@@ -119,11 +119,11 @@ def section(runs: Sequence[Run], published: Published) -> list[str]:
 
 
 INTRODUCTION = (
-    "The same extras for every model: pre-norm, trained embedding, projection, dropouts, schedule, pointer, a voice for "
-    "counting, and a head that learns apart from both, with the settings that were found for `context_kv` by about "
-    "forty short runs of one seed, chosen on the validation set alone; the rivals were not tuned further, which favours "
-    "`context_kv`. It reads the current context beside its attention, which `recurrence` does in place of one. Made by "
-    "`make results-best`; [side by side](docs/results/best/report.md)."
+    "The same extras for every model: pre-norm, trained embedding, projection, dropouts, schedule, pointer, a voice "
+    "for counting, and a head that learns apart from both, with the settings that were found for `context_kv` by about "
+    "forty short runs of one seed, chosen on the validation set alone; the rivals were not tuned further, which "
+    "favours `context_kv`. It reads the current context beside its attention, which `recurrence` does in place of one. "
+    "Made by `make results-best`; [side by side](docs/results/best/report.md)."
 )
 LEVERS_ARE = "What the validation PPL becomes when one thing is done to the recipe, and nothing but what the row says."
 

@@ -18,8 +18,8 @@ pretrain.move_threshold pretrain.target_rate pretrain.plateau_rate
 contexts.tolerance contexts.dtype
 model.name model.window_tokens model.dropout model.ffn_dim
 recipe.norm recipe.train_embedding recipe.embedding_dropout recipe.context_dropout recipe.output_dropout
-recipe.projection recipe.read_current recipe.pointer_heads recipe.pointer_dim recipe.pointer_window recipe.pointer_values
-recipe.ngram recipe.apart
+recipe.projection recipe.read_current recipe.pointer_heads recipe.pointer_dim recipe.pointer_window
+recipe.pointer_values recipe.ngram recipe.apart
 train.lr train.schedule train.warmup_steps train.weight_decay train.batch_tokens train.max_epochs train.compile
 train.patience
 trainer.accelerator trainer.devices trainer.num_nodes trainer.strategy trainer.precision trainer.enable_progress_bar

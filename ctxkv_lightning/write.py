@@ -81,7 +81,7 @@ class Writer:
         batch, speed, pieces = len(self.sampler.generators), self.speed, token_bytes(self.trained.encoding)
         streams = [TextStream(pieces, self.stops) for _ in range(batch)]
         started = first = time.perf_counter()
-        decoder = Decoder(self.trained.model, batch)
+        decoder = Decoder(self.trained.model, batch, writing=True)
         logits = decoder.read(ids.expand(batch, -1))
         speed.prompt_tokens, speed.grows = len(ids), decoder.grows
         for number in range(1, self.max_tokens + 1):

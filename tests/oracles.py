@@ -143,10 +143,15 @@ def step_by_step_nll(model, tokens: Tensor) -> Tensor:
     return torch.stack(losses)
 
 
-def mixed_probabilities(output, hidden: Tensor, table: Tensor, contexts: Tensor, tokens: Tensor, t: int, trigram):
-    """p (V,) after position t of a text with contexts (N, C) and tokens (N,), from its final state: by the formula."""
+def mixed_probabilities(
+    output, hidden: Tensor, table: Tensor, contexts: Tensor, tokens: Tensor, t: int, trigram, own: int | None = None
+):
+    """p (V,) after position t of a text with contexts (N, C) and tokens (N,), from its final state: by the formula.
+
+    Tokens from `own` on are the writing model's own words: not pointed at, which takes its part of the pointer's share.
+    """
     pointer, gate, state = output.pointer, output.gate, output.norm(hidden)
-    past = range(max(0, t - pointer.window), t)
+    past = [i for i in range(max(0, t - pointer.window), t) if own is None or i + 1 < own]
     evidence, voices = [], []
     for h in range(pointer.heads):
         query = contexts[t] @ pointer.from_context[h] + pointer.norm(state) @ pointer.from_state[h]
@@ -168,4 +173,6 @@ def mixed_probabilities(output, hidden: Tensor, table: Tensor, contexts: Tensor,
     chosen = gate.linear.weight @ torch.cat([gate.norm(state), torch.stack(evidence)]) + gate.linear.bias
     if not past:
         chosen[1 : 1 + pointer.heads] = -torch.inf
+    elif own is not None:
+        chosen[1 : 1 + pointer.heads] += math.log(len(past) / pointer.window)
     return sum(share * p for share, p in zip(chosen.softmax(dim=0), voices, strict=True))

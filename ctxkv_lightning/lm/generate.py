@@ -16,7 +16,7 @@ from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.context.solve import solve_onwards
 from ctxkv_lightning.lm.attention import head_groups
 from ctxkv_lightning.lm.model import ContextKVLM, TiedLM
-from ctxkv_lightning.lm.pointer import CachePointer, Pointed
+from ctxkv_lightning.lm.pointer import NEVER, CachePointer, Pointed
 from ctxkv_lightning.lm.rings import Ring
 from ctxkv_lightning.lm.rivals import TransformerLM, rotated
 
@@ -38,11 +38,20 @@ class Decoder:
     `keep="contexts"` keeps contexts, 2D / C times fewer bytes; `keep="kv"` projects each context once and keeps keys
     and values. Models that attend to tokens keep keys and values, those without attention their current context.
     `device="meta"` makes a state that takes no memory, to be measured.
+
+    With `writing`, what comes after the prompt is the model's own words, which a pointer is not shown: it would point
+    at them, write them again, and soon nothing else. It is trusted by how much of its window it may point at.
     """
 
     def __init__(
-        self, model: TiedLM, batch: int = 1, keep: Keep = "contexts", device: torch.device | str | None = None
+        self,
+        model: TiedLM,
+        batch: int = 1,
+        keep: Keep = "contexts",
+        device: torch.device | str | None = None,
+        writing: bool = False,
     ) -> None:
+        self.writing, self._own_words = writing, False
         self.model, self.batch, self.position = model.eval(), batch, 0
         self.device = torch.device(device) if device is not None else model.embedding.weight.device
         self.keep: Keep = keep if isinstance(model, ContextKVLM) else "kv"
@@ -82,7 +91,9 @@ class Decoder:
         if N > 1:
             self._fill(tokens[:, :-1])
             self.position = N - 1
-        return self.step(tokens[:, -1])
+        logits = self.step(tokens[:, -1])
+        self._own_words = self.writing
+        return logits
 
     def kept(self) -> dict[str, Tensor]:
         """The tensors that the state consists of now, by name; what is reserved but not yet filled is left out."""
@@ -180,16 +191,24 @@ class Decoder:
         return output.mixed(state, self.model.table, pointed, counted)[:, 0]
 
     def _pointed(self, pointer: CachePointer, state: Tensor, tokens: Tensor) -> Pointed:
-        """What the pointer says after tokens (B,), which are noted as the followers of the position before."""
+        """What the pointer says after tokens (B,), which are noted as the followers of the position before.
+
+        Own words are noted as -1, which is not pointed at.
+        """
         rows, position = self.state[self._pointer_ring], self.position
         window = rows.shape[1]
-        self.state["followers"][:, (position - 1) % window] = tokens
+        self.state["followers"][:, (position - 1) % window] = -1 if self._own_words else tokens
         asked = pointer.ask(state[:, 0], self.state["context"])
         back = (position - 1 - torch.arange(window, device=rows.device)).remainder(window) + 1
-        exists = (back <= position)[None, None, None]
-        scores = (asked @ rows[:, None].transpose(-1, -2)).float()
         followers = self.state["followers"].long()
-        return pointer.weigh(slice(0, 1), state, scores, back, exists, followers, self.model.table)
+        exists = ((back <= position) & (followers >= 0))[:, None, None]
+        scores = (asked @ rows[:, None].transpose(-1, -2)).float()
+        followers = followers.clamp_min(0)
+        pointed = pointer.weigh(slice(0, 1), state, scores, back, exists, followers, self.model.table)
+        if not self.writing:
+            return pointed
+        filled = exists.sum(dim=-1).transpose(1, 2) / window
+        return pointed._replace(trust=filled.log().clamp_min(NEVER))
 
     def _attend_to_contexts(self, embedding: Tensor) -> Tensor:
         """The heads' outputs (B, H, 1, d) over the rings of contexts.

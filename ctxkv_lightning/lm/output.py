@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ctxkv_lightning.lm.head import mixed_cross_entropy
 from ctxkv_lightning.lm.ngram import NgramExpert
-from ctxkv_lightning.lm.pointer import BLOCK, NEVER, CachePointer, Pointed
+from ctxkv_lightning.lm.pointer import BLOCK, CachePointer, Pointed
 from ctxkv_lightning.lm.recipe import Recipe
 
 EVIDENCE_SCALE = 0.1
@@ -76,7 +76,7 @@ class Gate(nn.Module):
         gates = self.linear(torch.cat(read, dim=-1)).float()
         if pointed is not None:
             voice = torch.arange(gates.shape[-1], device=gates.device)
-            gates = gates.masked_fill(pointed.nothing & (voice > 0) & (voice <= self.heads), NEVER)
+            gates = torch.where((voice > 0) & (voice <= self.heads), gates + pointed.trust, gates)
         return gates.log_softmax(dim=-1)
 
 

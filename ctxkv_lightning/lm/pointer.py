@@ -31,7 +31,7 @@ class Pointed(NamedTuple):
 
     rows: slice
     evidence: Tensor  # (B, n, P), log Σ_i exp(…) of each head
-    nothing: Tensor  # (B, n, 1), whether there was no past to point at
+    trust: Tensor  # (B, n, 1), added to the gates of its heads: 0, `NEVER` where there is no past to point at
     weights: Tensor  # (B, P, n, m), of the keys that the block reads; each head's sum to 1, to 0 where there is no key
     followers: Tensor  # (B, m), the token that followed each key
     state: Tensor  # (B, n, D), the final states, with what was read
@@ -94,8 +94,8 @@ class CachePointer(nn.Module):
         evidence = scores.logsumexp(dim=-1, keepdim=True)
         weights = (scores - evidence).exp() * exists
         hidden = hidden if self.value is None else hidden + self._read(weights, followers, table)
-        nothing = ~exists.any(dim=-1).transpose(1, 2)
-        return Pointed(rows, evidence[..., 0].transpose(1, 2), nothing, weights, followers, hidden)
+        trust = torch.where(exists.any(dim=-1).transpose(1, 2), 0.0, NEVER)
+        return Pointed(rows, evidence[..., 0].transpose(1, 2), trust, weights, followers, hidden)
 
     def _read(self, weights: Tensor, followers: Tensor, table: Tensor) -> Tensor:
         """(B, n, D), what the embeddings of the followers add to the final state."""

@@ -10,6 +10,7 @@ from ctxkv_lightning.lm.generate import Decoder, kept_tensors, state_bytes
 from ctxkv_lightning.lm.model import ContextKVLM
 from ctxkv_lightning.lm.rivals import CascadeLM, RecurrenceLM, TransformerLM
 from ctxkv_lightning.text.ngram import KneserNeyTrigram
+from tests import oracles
 
 V, D, C, H = 60, 32, 16, 4
 MODELS = {
@@ -44,6 +45,7 @@ RECIPE = {
     "ngram": True,
 }
 """The pointer's window is also what (M-1) I contexts of the first of these models span."""
+TRIGRAM = KneserNeyTrigram(np.random.default_rng(0).geometric(0.1, 400).clip(1, V) - 1, V)
 
 
 def made(name, seed=0):
@@ -53,7 +55,7 @@ def made(name, seed=0):
         for parameter in [*model.output.parameters(), *model.ffn.parameters()]:
             parameter.add_(0.1 * torch.randn_like(parameter))
         if model.output.ngram is not None:
-            model.output.ngram.fill(KneserNeyTrigram(np.random.default_rng(0).geometric(0.1, 400).clip(1, V) - 1, V))
+            model.output.ngram.fill(TRIGRAM)
     return model
 
 
@@ -90,6 +92,24 @@ def test_a_prompt_leaves_the_state_of_stepping_through_it(name, length, keep):
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     for token in tokens[:, length:].T:  # what is kept is what later steps read
         torch.testing.assert_close(fast.step(token), slow.step(token), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 24, 40])
+@pytest.mark.parametrize("name", ["recipe", "recipe_own_ring", "recipe_recurrence"])
+def test_a_writer_is_not_pointed_at_its_own_words(name, length):
+    """From the first word on, until none of the prompt is left in the window."""
+    model, tokens = made(name), torch.randint(0, V, (length + 45,))
+    contexts = solve_contexts(model.encoders()[0], model.encoder_input(tokens))[0]
+    hidden = model.states(tokens[None], contexts[None], len(tokens))[0]
+    decoder = Decoder(model, writing=True)
+    written = [decoder.read(tokens[None, :length]), *(decoder.step(token[None]) for token in tokens[length:])]
+    table = model.table.detach()
+    expected = [
+        oracles.mixed_probabilities(model.output, hidden[t], table, contexts, tokens, t, TRIGRAM, own=length).log()
+        for t in range(length - 1, len(tokens))
+    ]
+    torch.testing.assert_close(torch.cat(written), torch.stack(expected), atol=1e-3, rtol=0)
+    assert {k: x.shape for k, x in decoder.kept().items()} == {k: x.shape for k, x in Decoder(model).kept().items()}
 
 
 @pytest.mark.parametrize("keep", ["contexts", "kv"])

@@ -94,7 +94,8 @@ class Config:
     @property
     def unread(self) -> tuple[str, ...]:
         """The keys, or groups of them, that have no effect here."""
-        return unread_keys(self.model.name, bool(self.recipe.pointer_heads), self.train.schedule, self.data.source)
+        pointer, counts = bool(self.recipe.pointer_heads), self.recipe.ngram
+        return unread_keys(self.model.name, pointer, counts, self.train.schedule, self.data.source)
 
     def effective(self) -> "Config":
         """This configuration with whatever its model does not read at the default: equal ones are one experiment."""

@@ -14,12 +14,15 @@ _OF_CONTEXTS = (*_PHASE_ONE, "recipe.context_dropout")
 _OF_POINTERS = ("recipe.pointer_dim", "recipe.pointer_window", "recipe.pointer_values")
 
 
-def unread_keys(model: str, pointer: bool, schedule: str = "linear", source: str = "mqar") -> tuple[str, ...]:
-    """Dotted keys, or groups of them, that a model of this name does not read, with a pointer or without one.
+def unread_keys(
+    model: str, pointer: bool, counts: bool = True, schedule: str = "linear", source: str = "mqar"
+) -> tuple[str, ...]:
+    """Dotted keys, or groups of them, that a model of this name does not read, with a pointer and counts or without.
 
     `schedule` and `source` are the values of `train.schedule` and `data.source`; the defaults read all of theirs.
     """
     found = _BY_MODEL.get(model, ())
+    found = found if pointer or counts or model == "cascade" else (*found, "recipe.apart")
     if not pointer:
         found = (*found, *_OF_POINTERS, *(_OF_CONTEXTS if model in ("transformer", "sliding_window") else ()))
     found = found if schedule == "linear" else (*found, "train.warmup_steps")

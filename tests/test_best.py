@@ -76,8 +76,9 @@ def test_what_nothing_reads_makes_no_other_experiment():
 
 
 def test_sweeps_begun_before_there_were_recipes_find_their_folders():
-    """The hash of the default experiment, as it was."""
+    """The hash of the default experiment as it was, and of a recipe before `apart` and `read_current` were in it."""
     assert identity(check_command_line([])[0]) == "8b46a0d288"
+    assert identity(check_command_line(["recipe.pointer_heads=2"])[0]) == "a19517bec2"
 
 
 def test_settings_without_effect_are_refused_or_make_no_other_experiment():
@@ -85,9 +86,15 @@ def test_settings_without_effect_are_refused_or_make_no_other_experiment():
         check_command_line(["recipe.pointer_values=true"])
     plain, other = (
         check_command_line(["model=transformer", *more])[0]
-        for more in ([], ["recipe.context_dropout=0.1", "train.warmup_steps=5"])
+        for more in ([], ["recipe.context_dropout=0.1", "recipe.read_current=true", "train.warmup_steps=5"])
     )
     assert identity(plain) == identity(other)
+    alone, apart, counting, both = (
+        identity(check_command_line(more)[0])
+        for more in ([], ["recipe.apart=true"], ["recipe.ngram=true"], ["recipe.ngram=true", "recipe.apart=true"])
+    )
+    assert alone == apart
+    assert counting != both
 
 
 def test_how_long_a_schedule_is_cannot_change_on_the_way(tmp_path):

@@ -155,8 +155,8 @@ def settings(metrics: Metrics) -> dict[str, Any]:
     config = metrics["config"]
     name, values = config["model"]["name"], dict(leaves(config))
     values |= {key: value for key, value in LATER.items() if key not in values}
-    pointer = bool(values["recipe.pointer_heads"])
-    unread = (*NO_EFFECT, *unread_keys(name, pointer, values["train.schedule"], values["data.source"]))
+    voices = bool(values["recipe.pointer_heads"]), bool(values["recipe.ngram"])
+    unread = (*NO_EFFECT, *unread_keys(name, *voices, values["train.schedule"], values["data.source"]))
     kept = {key: _hashable(value) for key, value in values.items() if not _below(key, unread)}
     if kept.get("samples", 0) is None:
         kept["samples"] = metrics["data"]["train_documents"]

@@ -63,6 +63,7 @@ results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it
 	$(BEST) seed=42,1,2 $(OUT)/best
 	$(BEST) seed=42,1,2 model=recurrence,sliding_window,transformer $(OUT)/best-rivals
 	$(BEST) seed=42,1,2 model=sliding_window model.window_tokens=104 recipe.pointer_window=310 $(OUT)/equal-bytes
+	$(BEST) model=sliding_window model.window_tokens=40 recipe.pointer_window=500 $(OUT)/equal-bytes
 	$(BEST) seed=42,1,2 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/without-pointer
 	$(BEST) seed=42,1,2 recipe.ngram=false $(OUT)/without-ngram
 	$(BEST) recipe.pointer_heads=0 recipe.pointer_values=false recipe.ngram=false $(OUT)/without-both

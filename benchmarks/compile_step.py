@@ -64,7 +64,7 @@ class CompiledDecoder(Decoder):
         seen = torch.cat([now[:, None], past], dim=1)
         mean = (asked @ seen.transpose(1, 2)).softmax(dim=-1) @ seen
         mixed = torch.einsum("bhc,hdc->bhd", mean, values) + attention.value.bias.unflatten(0, (attention.heads, -1))
-        hidden = model.ffn(attention.combine(embedding[:, None], mixed[:, :, None]))[:, 0]
+        hidden = model.ffn(attention.combine(embedding[:, None], mixed[:, :, None], now[:, None]))[:, 0]
         return model.logits(hidden), now
 
 

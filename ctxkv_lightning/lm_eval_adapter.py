@@ -72,7 +72,10 @@ class ContextKVEvaluation(LM):
         ]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Text after each context, up to one of `until`; greedy unless `do_sample` or a temperature says otherwise."""
+        """Text after each context, up to one of `until`; greedy unless `do_sample` or a temperature says otherwise.
+
+        As all that is written: a pointer is not shown the model's own words, which the likelihoods know nothing of.
+        """
         return [self._answer("generate_until", request.args, self._text(*request.args)) for request in requests]
 
     def _answer(self, kind: str, arguments: Sequence[Any], answer: Any) -> Any:

@@ -135,8 +135,8 @@ class RecipeConfig:
     ngram: bool = False
     """The Kneser-Ney trigram of the training text speaks too; in training, that of the text's other nine tenths."""
     apart: bool = False
-    """The head learns as if pointer and trigram were silent, and how to mix them with it is learnt in the first epoch
-    alone, on text that the head has not seen."""
+    """The head learns by its own loss, not the mixture's, and how to mix pointer and trigram with it is learnt in the
+    first epoch alone, on text that it has not seen."""
 
 
 @dataclass

@@ -15,6 +15,7 @@ from ctxkv_lightning.datamodule import ContextDataModule
 from ctxkv_lightning.door import check_command_line, identity
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.export import export_run
+from ctxkv_lightning.lm.generate import Decoder
 from ctxkv_lightning.lm.sampling import Sampler
 from ctxkv_lightning.resume import check_changes
 from ctxkv_lightning.run.folder import RunFolder
@@ -125,8 +126,24 @@ def test_a_finished_run_says_what_it_keeps_exports_and_writes(model, tmp_path):
     texts = [Writer(one, Sampler(seed=1), max_tokens=20).text("Zeile 1") for one in (trained, exported)]
     assert texts[0] == texts[1]
     assert texts[0][0]
+    check_writing(trained)
     if model == "context_kv":
         check_attention(metrics, trained.model, run)
+
+
+def check_writing(trained):
+    """What is written is what a writing decoder gives, which is not pointed at its own words."""
+    prompt = "Zeile 1 Zeile 1 Zeile 1"
+    ids = trained.encode(prompt)[None]
+    decoder, words = Decoder(trained.model, writing=True), []
+    logits = decoder.read(ids)
+    for _ in range(12):
+        words.append(int(logits.argmax()))
+        logits = decoder.step(torch.tensor(words[-1:]))
+    writer = Writer(trained, Sampler(temperature=0), max_tokens=12)
+    assert writer.text(prompt) == [trained.encoding.decode(words)]
+    reader = Decoder(trained.model)
+    assert not torch.equal(reader.read(ids), Decoder(trained.model, writing=True).read(ids))
 
 
 def check_attention(metrics, model, run):

@@ -1,9 +1,9 @@
 """Decoding token by token, in memory that does not grow with the text (the full transformer's alone does).
 
 A decoder keeps what the next steps will read and nothing else, in tensors that are made once: rings of the last
-contexts, or of their keys and values, and of the tokens that followed them where a recipe has a pointer. What it
-computes is what the parallel model computes. A prompt is read in parallel (`Decoder.read`) and leaves the same state
-as stepping through it.
+contexts, or of their keys and values, and of the tokens that followed them where a recipe has a pointer. Unless it is
+writing, what it computes is what the parallel model computes. A prompt is read in parallel (`Decoder.read`) and leaves
+the same state as stepping through it.
 """
 
 from typing import Literal
@@ -40,7 +40,7 @@ class Decoder:
     `device="meta"` makes a state that takes no memory, to be measured.
 
     With `writing`, what comes after the prompt is the model's own words, which a pointer is not shown: it would point
-    at them, write them again, and soon nothing else. It is trusted by how much of its window it may point at.
+    at them, write them again, and soon nothing else. Its share is cut to how much of its window it may point at.
     """
 
     def __init__(

@@ -185,7 +185,7 @@ class ContextAttention(nn.Module):
         self.read = nn.Linear(context_dim, embedding_dim) if read_current else None
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(embedding_dim)
-        if norm == "pre":  # each layer starts as the identity
+        if norm == "pre":  # each layer starts as the identity, but for what `read` adds
             nn.init.zeros_(self.output.weight)
 
     def forward(self, embeddings: Tensor, contexts: Tensor, first: Tensor | None = None) -> Tensor:
@@ -204,7 +204,8 @@ class ContextAttention(nn.Module):
         `mixed` are the heads' outputs (B, H, T, d), `now` the current contexts c (B, T, C): read with `read_current`.
         """
         found = self.output(mixed.transpose(1, 2).flatten(2))
-        if self.read is not None and now is not None:
+        if self.read is not None:
+            assert now is not None
             found = found + self.read(now)
         both = embeddings + self.dropout(found)
         return both if self.residual == "pre" else self.norm(both)

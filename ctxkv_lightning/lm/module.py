@@ -1,7 +1,6 @@
 """Phase 2: attention and feed-forward layers learn on stored contexts, everything else frozen."""
 
 import logging
-import math
 from typing import Any, Literal
 
 import lightning as L
@@ -158,8 +157,9 @@ class ContextKVLMModule(L.LightningModule):
         optimizer = torch.optim.AdamW(groups + first, lr=self.hparams["lr"], fused=True)
         if self.hparams["schedule"] == "constant" and not first:
             return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
-        epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        steps = self.trainer.estimated_stepping_batches
+        self.trainer.fit_loop.setup_data()  # or the batches of an epoch are not known yet where `max_steps` is given
+        epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         rates = [lambda step: self._rate(step, steps)] * len(groups)
         rates += [lambda step: self._rate(step, steps) * (step < epoch)] * len(first)  # a rate of 0 stops decay too
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
@@ -175,7 +175,7 @@ class ContextKVLMModule(L.LightningModule):
         others = [p for p in trained if p.ndim < 2 or p is table]
         return [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
 
-    def _rate(self, step: int, steps: int) -> float:
+    def _rate(self, step: int, steps: float) -> float:
         """The learning rate of a step, as a part of `lr`: up over the warm-up, then down to `LAST_RATE` in a line."""
         if self.hparams["schedule"] == "constant":
             return 1.0

@@ -6,10 +6,11 @@ p_h are the heads of a `CachePointer`, p_n is an `NgramExpert`; z is the (pre-no
 projection W is the identity and b is 0; without other voices g_0 is 1.
 
 Learnt jointly, by -log p, the head need not know what another voice knows, and the shares learn to trust a head that
-has seen the text before: on new text it is trusted too much. Learnt `apart`, the loss is -log p_0 - log p, of which the
-second part leaves the head and the state that the gate reads as they are, and the gate learns in the first epoch alone,
-while every text is new. So a language model is mixed with a cache that was not trained with it (Grave, Joulin &
-Usunier, 2017; Khandelwal et al., 2020), save that the shares differ by position, and that no held-out text is needed.
+has seen the text before: on new text it is trusted too much. Learnt `apart`, the loss is -log p_0 - log p. Its second
+part holds p_0 and the state that the gate reads fixed, so that it teaches the shares and the pointer, and the network
+only through the pointer's queries; and the gate learns in the first epoch alone, while every text is new (a run that
+starts from the weights of one on the same text has no such epoch). So does who mixes a language model with a cache
+afterwards (Grave, Joulin & Usunier, 2017; Khandelwal et al., 2020), but by position, and without a held-out text.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What a model may have beyond the published one; each part alone, and all of them in every model but the cascade."""
+"""What a model may have beyond the published one, each part alone or all; the cascade has none of it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +15,8 @@ class Recipe:
     """The default is the published model: nothing but its layers, normalised after each, on a frozen embedding.
 
     `norm`: where layers are normalised, after the sum (Vaswani et al., 2017) or before the layer (Xiong et al., 2020);
-    with the latter, layers start as the identity, the feed-forward layer has dropout, the final state is normalised.
+    with the latter, layers start as the identity but for what `read_current` adds, the feed-forward layer has dropout,
+    the final state is normalised.
     `train_embedding`: input and output share a trained copy of the frozen table; the encoder goes on reading that one.
     `embedding_dropout`, `context_dropout`, `output_dropout`: of normalised embeddings, of contexts, of final states.
     `projection`: logits = E W h + b instead of E h; W starts at zero and b at the training text's unigram.
@@ -23,7 +24,7 @@ class Recipe:
     `pointer_heads`: heads of a `CachePointer` of `pointer_dim` numbers each over the last `pointer_window` contexts;
     0 for none. `pointer_values`: what is pointed at is also read into the final state.
     `ngram`: the Kneser-Ney trigram of the training text speaks too, while training that of the rest of the text.
-    `apart`: the head learns as if nothing else spoke, and the voices' shares in the first epoch alone; see `Output`.
+    `apart`: the head learns by its own loss, and the voices' shares in the first epoch alone; see `Output`.
     """
 
     norm: Norm = "post"

@@ -202,8 +202,7 @@ def _references(axis: Axis, groups: Sequence[Group]) -> list[Group]:
     best: dict[str, Group] = {}
     for group in groups:
         known = group.runs[0].settings
-        if axis.key not in group.settings and not reads(
-            known["model.name"], axis.key, bool(known.get("recipe.pointer_heads"))
-        ):
+        voices = bool(known.get("recipe.pointer_heads")), bool(known.get("recipe.ngram"))
+        if axis.key not in group.settings and not reads(known["model.name"], axis.key, *voices):
             best.setdefault(group.model, group)
     return list(best.values())

@@ -165,9 +165,9 @@ def settings(metrics: Metrics) -> dict[str, Any]:
     return kept
 
 
-def reads(model: str, key: str, pointer: bool = False) -> bool:
-    """Whether a model of this name, with a pointer or without one, reads this dotted key."""
-    return not _below(key, unread_keys(model, pointer))
+def reads(model: str, key: str, pointer: bool = False, counts: bool = False) -> bool:
+    """Whether a model of this name, with a pointer and counts or without, reads this dotted key."""
+    return not _below(key, unread_keys(model, pointer, counts))
 
 
 def _below(key: str, groups: Sequence[str]) -> bool:

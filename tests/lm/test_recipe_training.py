@@ -120,6 +120,20 @@ def test_apart_shares_are_learnt_in_the_first_epoch_alone(stores, tmp_path, sche
     assert set().union(*groups) == {id(p) for p in module.parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_training_may_be_bounded_by_steps_alone(stores, tmp_path, schedule):  # noqa: F811
+    """Then Lightning has not counted the batches of an epoch when the optimizer is made."""
+    data = opened(stores, tmp_path, history=9, batch_tokens=20, ngram=True)
+    module = ContextKVLMModule(**SIZES, recipe={**RECIPE, "apart": True}, schedule=schedule, lr=0.01)
+    gates = Gates()
+    run = trainer(tmp_path, max_steps=40, callbacks=[gates])
+    run.fit(module, datamodule=data)
+    assert run.global_step == 40
+    first, *later = gates.seen
+    assert later
+    assert all(torch.equal(one, other) for seen in later for one, other in zip(first, seen, strict=True))
+
+
 def test_weights_that_are_given_are_not_overwritten_by_a_start(stores, tmp_path):  # noqa: F811
     data = opened(stores, tmp_path, history=9, batch_tokens=20, ngram=True)
     module = ContextKVLMModule(**SIZES, recipe=RECIPE, lr=1e-9)

@@ -38,10 +38,8 @@ LEVERS: dict[str, dict[str, Any]] = {
         "model.dropout": 0.1,
     },
     "with one interval of 20": {"interval": 20},
-    "with the grid, which keeps fewer contexts for attention": {"selection": "grid"},
-    "with the published steps of 8,880 tokens, of which the warm-up takes the first epoch": {
-        "train.batch_tokens": 8880
-    },
+    "with the grid (fewer contexts for attention)": {"selection": "grid"},
+    "with the published steps of 8,880 tokens (the warm-up takes the first epoch)": {"train.batch_tokens": 8880},
     "with a constant learning rate (and everything decaying)": {"train.schedule": "constant", "train.warmup_steps": 0},
 }
 """What is done to the recipe, in words, and the keys that do it (`make results-best`)."""
@@ -332,7 +330,7 @@ def time_and_text(found: dict[Key, list[Run]], published: Published) -> list[str
         own, theirs = (statistics.mean(run["seconds"]["train"] for run in runs) for runs in (best, published[100]))
         said.append(
             f"Phase 2 took {own:.0f} s with the recipe, {theirs:.0f} s without it ({own / theirs:.2f} ×), one thread "
-            "each, on a machine that had other work too."
+            "each, not side by side, on machines that had other work too."
         )
     last = [run["train"]["epochs"][-1] for run in best]
     train, val = (statistics.mean(epoch[f"{name}_ppl"] for epoch in last) for name in ("train", "val"))

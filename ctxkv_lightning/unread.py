@@ -22,7 +22,7 @@ def unread_keys(
     `schedule` and `source` are the values of `train.schedule` and `data.source`; the defaults read all of theirs.
     """
     found = _BY_MODEL.get(model, ())
-    found = found if pointer or counts or model == "cascade" else (*found, "recipe.apart")
+    found = found if pointer or counts else (*found, "recipe.apart")
     if not pointer:
         found = (*found, *_OF_POINTERS, *(_OF_CONTEXTS if model in ("transformer", "sliding_window") else ()))
     found = found if schedule == "linear" else (*found, "train.warmup_steps")

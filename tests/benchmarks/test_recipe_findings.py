@@ -141,3 +141,5 @@ def test_conversations_have_a_sentence_and_are_in_no_table(runs):
     assert "a test PPL of 60.0 (one seed), 0.300 × the published one's 200.0 (one seed; at most 0.7 was asked" in said
     assert recipe.groups([*runs, *chats]) == recipe.groups(runs)
     assert findings.published(chats) == []
+    other = made(99.0, *on_chats, "recipe.apart=false", seed=1)
+    assert recipe.on_chats([*runs, *chats, other]) == [said]  # of the recipe as it is, not as it was

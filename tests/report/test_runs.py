@@ -146,6 +146,11 @@ def test_settings_leave_out_what_changes_nothing() -> None:
     assert kept["model.dropout"] == 0.1
     assert reads("transformer", "heads")
     assert not reads("transformer", "pretrain.lr")
+    assert [reads("recurrence", "recipe.apart", *voices) for voices in ((), (True,), (False, True))] == [
+        False,
+        True,
+        True,
+    ]
 
 
 def test_settings_say_what_null_stands_for() -> None:

@@ -67,6 +67,7 @@ class ContextDataModule(L.LightningDataModule):
         self.save_hyperparameters()
         self.encoder_folders = encoders or []
         self.pretrain_rows = slice(None)
+        self.solver = torch.device("cpu")
         self.token_store = Store.open(tokens)
         self.embedding_store = Store.open(embedding)
         self.streams: dict[str, Stream] = {}
@@ -109,6 +110,10 @@ class ContextDataModule(L.LightningDataModule):
         """Phase 1 reads these rows of the training stream only."""
         self.pretrain_rows = rows
 
+    def solve_on(self, device: torch.device) -> None:
+        """Contexts that are not stored yet are solved on this device."""
+        self.solver = device
+
     def use_encoders(self, folders: Sequence[str]) -> None:
         """Ends the first phase: from here on, batches are windows over the contexts of these encoders."""
         self.encoder_folders = self.hparams["encoders"] = list(folders)
@@ -126,8 +131,9 @@ class ContextDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> RunLoader | WindowLoader:
         if self.in_phase_one:
-            tokens, table = self._tokens("train")[self.pretrain_rows], self._normalised_table()
-            return RunLoader(tokens, table, self.hparams["pretrain_batch_tokens"])
+            tokens = self._tokens("train")[self.pretrain_rows]
+            stream = self._resident(Stream(tokens, self._normalised_table(), tokens, ()))
+            return RunLoader(stream.tokens, stream.embeddings, self.hparams["pretrain_batch_tokens"])
         self._training = self._windows("train", shuffle=True)
         self._training.load_state_dict(self._progress)
         return self._training
@@ -178,11 +184,11 @@ class ContextDataModule(L.LightningDataModule):
 
         def build(folder: Path) -> dict[str, Any]:
             started, worst, tolerance = time.perf_counter(), 0.0, self.hparams["tolerance"]
-            encoder, normalised = load_encoder(encoder_store), self._normalised_table()
+            encoder, normalised = load_encoder(encoder_store).to(self.solver), self._normalised_table().to(self.solver)
             for split in SPLITS:
-                ids = self._tokens(split)
+                ids = self._tokens(split).to(self.solver)
                 rows = create_array(folder, split, (len(ids), encoder.context_dim), self._stored_type)
-                processes = self.hparams["processes"] if len(ids) >= LONG_STREAM else 1
+                processes = self.hparams["processes"] if len(ids) >= LONG_STREAM and self.solver.type == "cpu" else 1
                 if processes > 1:
                     dtype, file = self.hparams["contexts_dtype"], folder / f"{split}.npy"
                     error = solve_in_parts(encoder, normalised, ids, file, dtype, tolerance, processes)

@@ -53,6 +53,7 @@ from ctxkv_lightning.run.machine import (
     describe_versions,
     keep_freed_memory,
     resolve_precision,
+    solver_device,
 )
 from ctxkv_lightning.run.saved import newest_intact, steps_done
 from ctxkv_lightning.run.trainer import make_trainer
@@ -121,6 +122,7 @@ def run_stages(config: Config, run: RunFolder, text: Text, stages: Stages) -> di
     with stages("embedding"):
         table = build_embedding(config, text)
         data = build_data(config, text, table)
+        data.solve_on(solver_device(config.trainer.accelerator))
     with stages("pretrain"):
         parts = encoder_parts(config)
         if config.init_from is None:

@@ -52,18 +52,24 @@ class Stream(NamedTuple):
 
 
 class RunLoader:
-    """The training stream in contiguous runs of at most `batch_tokens`, in order."""
+    """The training stream in contiguous runs of at most `batch_tokens`, in order.
+
+    Which tokens a run has is found out in the first pass: every iteration of Phase 1 reads the same runs.
+    """
 
     def __init__(self, tokens: Tensor, table: Tensor, batch_tokens: int) -> None:
         self.tokens, self.table, self.batch_tokens = tokens, table, batch_tokens
+        self._distinct: list[tuple[Tensor, Tensor]] = []  # of each run: its tokens, and which of them stands where
 
     def __len__(self) -> int:
         return -(-len(self.tokens) // self.batch_tokens)
 
     def __iter__(self) -> Iterator[Run]:
-        for start in range(0, len(self.tokens), self.batch_tokens):
-            distinct, inverse = torch.unique(self.tokens[start : start + self.batch_tokens], return_inverse=True)
-            yield Run(start, self.table[distinct], inverse)
+        for number, run in enumerate(self.tokens.split(self.batch_tokens)):
+            if number == len(self._distinct):
+                self._distinct.append(torch.unique(run, return_inverse=True))
+            distinct, inverse = self._distinct[number]
+            yield Run(number * self.batch_tokens, self.table[distinct], inverse)
 
 
 class WindowLoader:
@@ -139,18 +145,18 @@ class WindowLoader:
             counts &= self.stream.counted[(positions + 1).clamp_max(self.positions)].flatten()
         counted = None if bool(counts.all()) else counts.nonzero().flatten()
         device = self.stream.tokens.device
-        targets = self.stream.tokens[positions.flatten()[counts].to(device) + 1]
+        targets = self.stream.tokens[sent(positions.flatten()[counts] + 1, device)]
         first = (self.history - starts).clamp_min(0)
         reach = starts[:, None] + torch.arange(-self.history, self.length)
-        positions, reach = (x.clamp(0, self.positions).to(device) for x in (positions, reach))
+        positions, reach = (sent(x.clamp(0, self.positions), device) for x in (positions, reach))
         embeddings = self.stream.embeddings[self.stream.rows[positions]]
         return Windows(
             self.stream.tokens[reach],
             targets,
-            None if counted is None else counted.to(device),
+            None if counted is None else sent(counted, device),
             embeddings,
             self._memory(reach),
-            first.to(device) if bool(first.any()) else None,
+            sent(first, device) if bool(first.any()) else None,
             total,
             None if self.stream.ngram is None else self.stream.ngram[positions],
         )
@@ -160,3 +166,8 @@ class WindowLoader:
         if not self.stream.contexts:
             return self.stream.embeddings[self.stream.rows[reach]]
         return torch.cat([contexts[reach].float() for contexts in self.stream.contexts], dim=-1)
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A CPU's tensor on `device`; a GPU is not waited for, as it would be for memory that the system may move."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -21,12 +21,17 @@ def convergence_rate(current: Tensor, previous: Tensor, threshold: float = 0.03)
 
     The move of a position is the mean over C of the squared difference; both tensors are (N, C).
     """
-    still = 0
+    return int(still_positions(current, previous, threshold)) / len(current)
+
+
+def still_positions(current: Tensor, previous: Tensor, threshold: float = 0.03) -> Tensor:
+    """How many positions moved by less than `threshold`, (), counted on the device of the contexts (N, C)."""
+    still = torch.zeros((), dtype=torch.long, device=current.device)
     for start in range(0, len(current), ROWS_AT_A_TIME):
         rows = slice(start, start + ROWS_AT_A_TIME)
         moved = (current[rows] - previous[rows]).square_().mean(dim=1)
-        still += int((moved < threshold).sum())
-    return still / len(current)
+        still += (moved < threshold).sum()
+    return still
 
 
 def singular_values(contexts: Tensor) -> Tensor:

@@ -19,11 +19,11 @@ from torch import Tensor
 from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.context.oacd import (
     ROWS_AT_A_TIME,
-    convergence_rate,
     effective_rank_of,
     has_plateaued,
     oacd_loss,
     singular_values,
+    still_positions,
 )
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.store import Store, reserve
@@ -61,7 +61,7 @@ class OACDPretrainModule(L.LightningModule):
         self.history: list[dict[str, float]] = []
         self.contexts = self._edge = torch.empty(0)
         self._losses: list[Tensor] = []
-        self._still = 0.0
+        self._still = torch.zeros((), dtype=torch.long)
         self._started = 0.0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ class OACDPretrainModule(L.LightningModule):
             rows.normal_(std=0.01)
 
     def on_train_epoch_start(self) -> None:
-        self._losses, self._still = [], 0.0
+        self._losses, self._still = [], torch.zeros((), dtype=torch.long, device=self.device)
         self._edge = self.encoder.initial(1)
         self._started = time.perf_counter()
 
@@ -98,19 +98,22 @@ class OACDPretrainModule(L.LightningModule):
         drive = self.encoder.drive(batch.embeddings)
         contexts = self.encoder.advance(disturbed, torch.nn.functional.embedding(batch.inverse, drive))
         loss = oacd_loss(contexts, self.hparams["centroid_weight"])
+        self._losses.append(loss.detach())
+        self._still += still_positions(contexts.detach(), previous, self.hparams["move_threshold"])
+        previous.copy_(contexts.detach())
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Once an iteration: each look makes the host wait for a GPU."""
+        loss = torch.stack(self._losses).sum()
         if not torch.isfinite(loss):
             raise UserError(
                 f"the loss of Phase 1 became {loss.item()} in iteration {self.current_epoch + 1}: "
                 f"lower pretrain.lr (now {self.hparams['lr']:g})"
             )
-        self._losses.append(loss.detach())
-        rate = convergence_rate(contexts.detach(), previous, self.hparams["move_threshold"])
-        self._still += rate * len(previous)
-        previous.copy_(contexts.detach())
-        return loss
 
     def on_train_epoch_end(self) -> None:
-        rate = self._still / len(self.contexts)
+        rate = int(self._still) / len(self.contexts)
         loss = float(torch.stack(self._losses).mean())
         row = {"pretrain/loss": loss, CONVERGENCE: rate}
         self.log_dict(row, prog_bar=True, logger=False)

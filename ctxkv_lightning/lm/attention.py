@@ -7,7 +7,7 @@ dense block of keys. Exact to rounding, no gather, and differentiable on every d
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -172,10 +172,24 @@ def attend(
     for interval, heads in groups.items():
         unread = max(0, S - (max_contexts - 1) * interval)
         later = None if first is None else (first - unread).clamp_min(0)
-        keys, values = (x[:, heads, unread:] for x in (key, value))
-        parts.append(one(query[:, heads], keys, values, interval, max_contexts, later))
-    order = [head for heads in groups.values() for head in heads]
-    return torch.cat(parts, dim=1)[:, torch.tensor(order, device=query.device).argsort()]
+        keys, values = (of_heads(x, heads)[:, :, unread:] for x in (key, value))
+        parts.append(one(of_heads(query, heads), keys, values, interval, max_contexts, later))
+    return in_order(parts, groups.values())
+
+
+def of_heads(x: Tensor, heads: list[int]) -> Tensor:
+    """What belongs to these heads, in ascending order, of (B, H, ...); a view where they stand side by side."""
+    if heads[-1] - heads[0] == len(heads) - 1:
+        return x[:, heads[0] : heads[-1] + 1]
+    return x[:, heads]
+
+
+def in_order(parts: list[Tensor], groups: Iterable[list[int]]) -> Tensor:
+    """(B, H, ...) of the parts (B, n, ...) of each group's heads, each head where it belongs."""
+    together, order = torch.cat(parts, dim=1), [head for heads in groups for head in heads]
+    if order == sorted(order):
+        return together
+    return together[:, torch.tensor(order, device=together.device).argsort()]
 
 
 def head_groups(intervals: Sequence[int]) -> dict[int, list[int]]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.context.solve import solve_onwards
-from ctxkv_lightning.lm.attention import head_groups
+from ctxkv_lightning.lm.attention import head_groups, in_order, of_heads
 from ctxkv_lightning.lm.model import ContextKVLM, TiedLM
 from ctxkv_lightning.lm.pointer import NEVER, CachePointer, Pointed
 from ctxkv_lightning.lm.rings import Ring
@@ -74,7 +74,7 @@ class Decoder:
         logits = self._logits(self._hidden(embedding, own), tokens)
         for name, (heads, ring) in self.rings.items():  # last, for the oldest row is read before it is overwritten
             if ring.keeps(self.position):
-                row = self._of(own, heads)[:, :, 0] if self._holds_pairs(name) else self.state["context"]
+                row = of_heads(own, heads)[:, :, 0] if self._holds_pairs(name) else self.state["context"]
                 self.state[name][..., ring.row(self.position), :] = row
         self.position += 1
         return logits
@@ -224,7 +224,7 @@ class Decoder:
         for heads, interval, name in self.groups:
             past = self.rings[name][1].past(self.state[name], self.position, interval)
             seen = torch.cat([now[:, None], past], dim=1)
-            scores = self._of(asked, heads) @ seen.transpose(1, 2)
+            scores = of_heads(asked, heads) @ seen.transpose(1, 2)
             means.append(scores.softmax(dim=-1) @ seen)
         mixed = torch.einsum("bhc,hdc->bhd", self._together(means), values)
         return (mixed + attention.value.bias.unflatten(0, (attention.heads, -1)))[:, :, None]
@@ -234,8 +234,8 @@ class Decoder:
         query, mixed = self._query(embedding), []
         for heads, interval, name in self.groups:
             past = self.rings[name][1].past(self.state[name], self.position, interval)
-            key, value = torch.cat([self._of(own, heads), past], dim=2).chunk(2, dim=-1)
-            mixed.append(F.scaled_dot_product_attention(self._of(query, heads), key, value))
+            key, value = torch.cat([of_heads(own, heads), past], dim=2).chunk(2, dim=-1)
+            mixed.append(F.scaled_dot_product_attention(of_heads(query, heads), key, value))
         return self._together(mixed)
 
     def _attend_to_all(self, embedding: Tensor, own: Tensor) -> Tensor:
@@ -245,16 +245,9 @@ class Decoder:
         key, value = self.state["kv"][:, :, : self.position + 1].chunk(2, dim=-1)
         return F.scaled_dot_product_attention(self._query(embedding), key, value)
 
-    def _of(self, x: Tensor, heads: list[int]) -> Tensor:
-        """What belongs to these heads of (B, H, ...)."""
-        return x if len(heads) == x.shape[1] else x[:, heads]
-
     def _together(self, parts: list[Tensor]) -> Tensor:
         """(B, H, ...) of the groups' parts, each head where it belongs."""
-        if len(parts) == 1:
-            return parts[0]
-        order = torch.tensor([head for heads, _, _ in self.groups for head in heads], device=parts[0].device)
-        return torch.cat(parts, dim=1)[:, order.argsort()]
+        return parts[0] if len(parts) == 1 else in_order(parts, [heads for heads, _, _ in self.groups])
 
     def _query(self, embedding: Tensor) -> Tensor:
         """(B, H, 1, d) from (B, D)."""
@@ -318,7 +311,7 @@ class Decoder:
             to = torch.tensor([ring.row(position) for position in positions], device=self.device)
             read = rows[:, torch.tensor(positions, device=self.device) - first]
             if self._holds_pairs(name):  # rotary positions are those of a window over tokens, which lie side by side
-                self.state[name][:, :, to] = self._of(self._key_value(read, positions[0]), heads)
+                self.state[name][:, :, to] = of_heads(self._key_value(read, positions[0]), heads)
             else:
                 self.state[name][:, to] = read
 

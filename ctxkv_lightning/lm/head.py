@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from ctxkv_lightning.lm.normalise import normalise
 
 CHUNK = 2048
 """Rows of logits held at a time; fewer would make the products bound by reading the table."""
 
-CPU_BLOCK = 1 << 18
-"""Logits normalised at a time on a CPU: what stays in its cache between the passes over them."""
+WIDTH = {"cuda": 64}
+"""By device: the table gets rows of zeros up to a multiple of this, where matrix units are slow on other widths."""
 
 
 def frozen_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
@@ -29,27 +32,27 @@ def frozen_cross_entropy(hidden: Tensor, table: Tensor, targets: Tensor) -> Tens
 @torch.no_grad()
 def score(hidden: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood (N,), fp32, and whether the target was the likeliest token (N,)."""
-    table = table.to(_compute_type(hidden))
+    V, factor = len(table), _factor(table, hidden)
     nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
     for rows in _chunks(len(hidden)):
-        logits = hidden[rows].to(table.dtype) @ table.T
-        hits[rows] = logits.argmax(dim=-1) == targets[rows]
-        nll[rows] = _normalise(logits, targets[rows], gradient=False)
+        logits = hidden[rows].to(factor.dtype) @ factor.T
+        hits[rows] = logits[:, :V].argmax(dim=-1) == targets[rows]
+        nll[rows] = normalise(logits, targets[rows], V, gradient=False)
     return nll, hits
 
 
 class _FrozenCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-        table = table.to(_compute_type(hidden))
+        V, factor = len(table), _factor(table, hidden)
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for rows in _chunks(len(hidden)):
-            logits = hidden[rows].to(table.dtype) @ table.T
-            nll[rows] = _normalise(logits, targets[rows], gradient is not None)
+            logits = hidden[rows].to(factor.dtype) @ factor.T
+            nll[rows] = normalise(logits, targets[rows], V, gradient is not None)
             if gradient is not None:
-                gradient[rows] = logits @ table
+                gradient[rows] = logits @ factor
         ctx.save_for_backward(gradient)
         return nll
 
@@ -59,22 +62,10 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         return gradient * nll_gradient[:, None].to(gradient.dtype), None, None
 
 
-def _normalise(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
-    """Losses (n,) in fp32 of logits (n, V); with `gradient`, turns the logits into theirs, softmax - onehot, in place.
-
-    log-sum-exp is the largest logit minus the logarithm of the largest probability, which is at least 1/V:
-    one exponential a logit serves loss and gradient, and none underflows.
-    """
-    rows = max(1, CPU_BLOCK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    losses = []
-    for block, target in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
-        probabilities = torch.softmax(block, dim=-1, dtype=torch.float32)
-        log_sum_exp = block.amax(dim=-1).float() - probabilities.amax(dim=-1).log()
-        losses.append(log_sum_exp - block.gather(1, target)[:, 0])
-        if gradient:
-            probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
-            block.copy_(probabilities)
-    return torch.cat(losses)
+def _factor(table: Tensor, hidden: Tensor) -> Tensor:
+    """The table as the products read it: (P, D) in the compute type, P ≥ V."""
+    factor, missing = table.to(_compute_type(hidden)), -len(table) % WIDTH.get(table.device.type, 1)
+    return F.pad(factor, (0, 0, 0, missing)) if missing else factor
 
 
 def _compute_type(hidden: Tensor) -> torch.dtype:
@@ -104,23 +95,24 @@ class _MixedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, table: Tensor, bias: Tensor, targets: Tensor, log_share: Tensor, pointed: Tensor
     ) -> tuple[Tensor, Tensor]:
-        needed, dtype = ctx.needs_input_grad, _compute_type(hidden)
-        product, nll = table.to(dtype), torch.empty_like(pointed)
+        needed, V, nll = ctx.needs_input_grad, len(table), torch.empty_like(pointed)
+        factor = _factor(table, hidden)
+        own_bias = F.pad(bias.to(factor.dtype), (0, len(factor) - V))
         of_hidden, of_share, of_pointed = torch.empty_like(hidden), torch.empty_like(nll), torch.empty_like(nll)
         of_table, of_bias = torch.zeros_like(table) if needed[1] else None, torch.zeros_like(bias)
         for rows in _chunks(len(hidden)):
-            own = hidden[rows].to(dtype)
-            logits = torch.addmm(bias.to(dtype), own, product.T)
-            alone = log_share[rows] - _normalise(logits, targets[rows], gradient=any(needed))
+            own = hidden[rows].to(factor.dtype)
+            logits = torch.addmm(own_bias, own, factor.T)
+            alone = log_share[rows] - normalise(logits, targets[rows], V, gradient=any(needed))
             nll[rows] = -torch.logaddexp(alone, pointed[rows].log())  # of logarithms: a p of e^-110 is 0 in fp32
             of_share[rows], of_pointed[rows] = -torch.exp(alone + nll[rows]), -nll[rows].exp()
             if any(needed):  # the logits are now their gradients, were the head alone
-                logits *= -of_share[rows, None].to(dtype)
-                of_hidden[rows] = (logits @ product).to(hidden.dtype)
+                logits *= -of_share[rows, None].to(factor.dtype)
+                of_hidden[rows] = (logits @ factor).to(hidden.dtype)
                 if needed[2]:
-                    of_bias += logits.sum(dim=0, dtype=torch.float32)
+                    of_bias += logits[:, :V].sum(dim=0, dtype=torch.float32)
                 if of_table is not None:
-                    of_table += logits.T @ own
+                    of_table += logits[:, :V].T @ own
         ctx.save_for_backward(of_hidden, of_table, of_bias, of_share, of_pointed)
         ctx.mark_non_differentiable(nll)
         return nll.sum(), nll

@@ -68,7 +68,8 @@ class ContextKVLMModule(L.LightningModule):
         self.starts_fresh = True
         self.train_ppl, self.val_ppl, self.test_ppl = Perplexity(), Perplexity(), Perplexity()
         self.train_ppl.persistent(True)  # an epoch that is interrupted is summed up over all its steps
-        self.val_accuracy, self.test_accuracy = MeanMetric(), MeanMetric()
+        # What is averaged is 0 or 1; looking for a NaN would make the host wait for a GPU.
+        self.val_accuracy, self.test_accuracy = (MeanMetric(nan_strategy="disable") for _ in range(2))
         self.register_buffer("broken", torch.zeros((), dtype=torch.bool), persistent=False)
 
     def setup(self, stage: str) -> None:

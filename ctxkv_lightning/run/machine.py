@@ -11,11 +11,21 @@ PACKAGES = ("ctxkv-lightning", "torch", "lightning", "hydra-core", "omegaconf", 
 COMPILE_PAYS = 30_000
 
 
+def uses_gpu(accelerator: str) -> bool:
+    """Whether Lightning's accelerator of this name is a CUDA GPU here."""
+    return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
+def solver_device(accelerator: str) -> torch.device:
+    """Where contexts are solved: on the GPU that Phase 2 trains on if it is CUDA's, else on the CPU."""
+    return torch.device("cuda" if uses_gpu(accelerator) else "cpu")
+
+
 def resolve_precision(asked: str, accelerator: str) -> str:
     """Lightning's precision flag: `auto` becomes bf16-mixed where the processor multiplies bf16, else 32-true."""
     if asked != "auto":
         return asked
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+    if uses_gpu(accelerator):
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available() and cpu_multiplies_bf16():
         return "bf16-mixed"
@@ -28,8 +38,7 @@ def compile_pays(asked: str, accelerator: str, steps: int) -> bool:
     On a CPU the compiled step is no faster than the eager one (benchmarks/compile.py). On a GPU compiling takes about
     a minute and is expected to save a millisecond or two a step: runs of `COMPILE_PAYS` steps would earn it back.
     """
-    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return asked == "on" or (asked == "auto" and on_gpu and steps >= COMPILE_PAYS)
+    return asked == "on" or (asked == "auto" and uses_gpu(accelerator) and steps >= COMPILE_PAYS)
 
 
 def keep_freed_memory() -> None:

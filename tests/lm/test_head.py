@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxkv_lightning.lm import head
+from ctxkv_lightning.lm import head, normalise
 from tests.oracles import full_logit_loss
 
 
@@ -15,15 +15,21 @@ def draw(N, V, D, seed=0):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    N=st.integers(1, 40), V=st.integers(1, 50), D=st.integers(1, 9), chunk=st.integers(1, 15), seed=st.integers(0, 99)
+    N=st.integers(1, 40),
+    V=st.integers(1, 50),
+    D=st.integers(1, 9),
+    chunk=st.integers(1, 15),
+    width=st.sampled_from([1, 4, 64]),
+    seed=st.integers(0, 99),
 )
-def test_loss_and_gradient_equal_full_logits(N, V, D, chunk, seed):
+def test_loss_and_gradient_equal_full_logits(N, V, D, chunk, width, seed):
     hidden, table, targets = draw(N, V, D, seed)
     fast, slow = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     weights = torch.randn(N, generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head, "CHUNK", chunk)
-        patch.setattr(head, "CPU_BLOCK", 3 * V)
+        patch.setattr(normalise, "CPU_BLOCK", 3 * V)
+        patch.setitem(head.WIDTH, "cpu", width)
         a = head.frozen_cross_entropy(fast, table, targets)
         scored, hits = head.score(hidden, table, targets)
     b = full_logit_loss(slow, table, targets)
@@ -55,8 +61,8 @@ def test_a_hopeless_target_has_a_finite_loss():
 def test_logits_are_never_all_held_at_once(monkeypatch):
     monkeypatch.setattr(head, "CHUNK", 4)
     rows = []
-    plain = head._normalise
-    monkeypatch.setattr(head, "_normalise", lambda logits, *rest: rows.append(len(logits)) or plain(logits, *rest))
+    plain = normalise.normalise
+    monkeypatch.setattr(head, "normalise", lambda logits, *rest: rows.append(len(logits)) or plain(logits, *rest))
     head.frozen_cross_entropy(*draw(10, 6, 3))
     assert rows == [4, 4, 2]
 
@@ -66,3 +72,20 @@ def test_the_table_gets_no_gradient():
     table.requires_grad_()
     head.frozen_cross_entropy(hidden.requires_grad_(), table, targets).sum().backward()
     assert table.grad is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "V", "P"), [(1, 1, 1), (3, 5, 64), (7, 8192, 8192), (5, 50_257, 50_304), (300, 99, 128)])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_the_kernel_equals_softmax(dtype, n, V, P, gradient):
+    generator = torch.Generator().manual_seed(n)
+    logits = (5 * torch.randn(n, P, generator=generator)).to("cuda", dtype)
+    targets = torch.randint(0, V, (n,), generator=generator).cuda()
+    slow, fast = logits.clone(), logits.clone()
+    losses = normalise.normalise_plainly(slow, targets, V, gradient)
+    torch.testing.assert_close(normalise.normalise(fast, targets, V, gradient), losses, atol=1e-4, rtol=1e-5)
+    assert normalise.normalise_rows is not None
+    torch.testing.assert_close(fast, slow, atol=1e-6 if dtype == torch.float32 else 4e-3, rtol=1e-5)
+    if not gradient:
+        assert torch.equal(fast, logits)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from ctxkv_lightning.lm import head
 from ctxkv_lightning.lm import pointer as pointer_module
 from ctxkv_lightning.lm.head import mixed_cross_entropy
 from ctxkv_lightning.lm.model import ContextKVLM
@@ -161,8 +162,10 @@ def test_apart_a_target_that_no_other_voice_gives_leaves_finite_gradients():
     assert all(p.grad.isfinite().all() for p in output.parameters() if p.grad is not None)
 
 
-def test_every_gradient_of_the_mixed_loss_is_that_of_autograd():
-    """In fp64, over more rows than a chunk holds."""
+@pytest.mark.parametrize("width", [1, 64])
+def test_every_gradient_of_the_mixed_loss_is_that_of_autograd(width, monkeypatch):
+    """In fp64, over more rows than a chunk holds; also with a table that is widened, as for a GPU."""
+    monkeypatch.setitem(head.WIDTH, "cpu", width)
     torch.manual_seed(1)
     N = 2100
     hidden, table, bias = torch.randn(N, 3), torch.randn(V, 3), torch.randn(V)

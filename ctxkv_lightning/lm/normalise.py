@@ -1,0 +1,46 @@
+"""From logits to losses, and to the gradients in their place: one pass of one kernel on a GPU, softmax elsewhere.
+
+A chunk of logits is the largest tensor of a training step. Made of torch's own operations, the passes over it would
+take a GPU as long as the head's matrix products; the kernel reads a row of logits once and writes it once.
+"""
+
+import torch
+from torch import Tensor
+
+try:
+    from ctxkv_lightning.lm.kernel import normalise_rows
+except ImportError:  # Triton comes with torch where torch has a GPU that it runs on
+    normalise_rows = None  # type: ignore[assignment]
+
+CPU_BLOCK = 1 << 18
+"""Logits normalised at a time on a CPU: what stays in its cache between the passes over them."""
+
+
+def normalise(logits: Tensor, targets: Tensor, V: int, gradient: bool) -> Tensor:
+    """Losses (n,), fp32, of targets (n,) given logits (n, P), of which the first V are some token's.
+
+    With `gradient`, the logits become their own gradients, softmax - onehot, and 0 from V on.
+    """
+    if normalise_rows is not None and logits.device.type == "cuda":
+        return normalise_rows(logits, targets, V, gradient)
+    return normalise_plainly(logits, targets, V, gradient)
+
+
+def normalise_plainly(logits: Tensor, targets: Tensor, V: int, gradient: bool) -> Tensor:
+    """`normalise` on any device.
+
+    log-sum-exp is the largest logit minus the logarithm of the largest probability, which is at least 1/V:
+    one exponential a logit serves loss and gradient, and none underflows.
+    """
+    rows = max(1, CPU_BLOCK // V) if logits.device.type == "cpu" else len(logits)
+    losses = []
+    for block, target in zip(logits[:, :V].split(rows), targets[:, None].split(rows), strict=True):
+        probabilities = torch.softmax(block, dim=-1, dtype=torch.float32)
+        log_sum_exp = block.amax(dim=-1).float() - probabilities.amax(dim=-1).log()
+        losses.append(log_sum_exp - block.gather(1, target)[:, 0])
+        if gradient:
+            probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
+            block.copy_(probabilities)
+    if gradient:
+        logits[:, V:] = 0
+    return torch.cat(losses)

@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import replace
 
+import lightning as L
 import pytest
 import torch
 from lightning import Callback
@@ -231,6 +232,22 @@ def test_checkpoints_are_saved_within_an_epoch_as_time_goes_by(shared, tmp_path,
     config = replace(shared, train=replace(BASE.train, max_epochs=1))
     pipeline.run_experiment(config, tmp_path / "run")
     assert set(range(1, STEPS)) <= set(saved)
+
+
+@pytest.mark.slow
+def test_epochs_too_short_for_a_checkpoint_are_saved_at_the_end_all_the_same(shared, tmp_path, monkeypatch):
+    saved, save = [], L.Trainer.save_checkpoint
+
+    def note(trainer, path, *rest, **options):
+        saved.append((os.path.basename(path), trainer.global_step))
+        save(trainer, path, *rest, **options)
+
+    monkeypatch.setattr(L.Trainer, "save_checkpoint", note)
+    monkeypatch.setattr(interruption, "FREE_SECONDS", -100)
+    pipeline.run_experiment(shared, tmp_path / "run")
+    steps = STEPS * BASE.train.max_epochs
+    assert [entry for entry in saved if entry[0] == "last.ckpt"] == [("last.ckpt", steps)]
+    assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == steps
 
 
 @pytest.mark.slow

@@ -5,9 +5,12 @@ written beside its final name, flushed, renamed, and read back against the SHA-2
 How it is read stands in `saved.py`.
 """
 
+import hashlib
+import io
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
 from ctxkv_lightning.errors import UserError
-from ctxkv_lightning.run.saved import SUFFIX, manifest_of, read, sha256_of, verify
+from ctxkv_lightning.run.saved import SUFFIX, manifest_of, read, stated_of, verify
 
 ASIDE = ".aside-"
 """Begins the name of a checkpoint that is still being written."""
@@ -93,16 +96,30 @@ def clear_aside(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+class _HashingWriter(io.BufferedWriter):
+    """A file that is written from its beginning to its end, and the SHA-256 of what went into it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return super().write(data)
+
+
 def _replace(path: Path, checkpoint: dict[str, Any]) -> None:
     """At every moment the file under the final name, old or new, is whole, and the manifest knows it."""
     aside = path.with_name(f"{ASIDE}{path.name}-{os.getpid()}")
     try:
-        with aside.open("wb") as file:
+        with _HashingWriter(aside) as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        new = sha256_of(aside)
-        _write_manifest(path, [new, *([sha256_of(path)] if path.exists() else [])])
+        new, old = file.digest.hexdigest(), []
+        with suppress(OSError, ValueError, KeyError, TypeError):  # what no manifest vouches for is not worth keeping
+            old = stated_of(path)
+        _write_manifest(path, [new, *old])
         os.replace(aside, path)
         _sync_folder(path.parent)
         _write_manifest(path, [new])

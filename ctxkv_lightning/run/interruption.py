@@ -16,6 +16,12 @@ log = logging.getLogger("ctxkv_lightning")
 EVERY_SECONDS = 600.0
 """Between two checkpoints inside an epoch: what a machine that dies may cost."""
 
+FREE_SECONDS = 0.2
+"""What a checkpoint at the end of each epoch may take, however short the epochs are."""
+
+WORTH = 10
+"""Seconds of training that a second of saving beyond that is worth."""
+
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -30,9 +36,9 @@ class Interrupted(BaseException):
 class Safeguard(Checkpoint):
     """Saves `checkpoint` every `every_seconds`, and on SIGTERM, SIGUSR1 or Ctrl-C, after which it raises `Interrupted`.
 
-    It acts between two steps, and saves at the end of each epoch too; or only between two epochs, where an epoch is
-    not to be broken and may be too short to be worth a checkpoint. A second Ctrl-C quits at once. All processes of a
-    run stop at the same place, whichever was told.
+    It acts between two steps, and saves at the end of each epoch too, but for epochs that are over sooner than a
+    checkpoint is worth; or only between two epochs, where an epoch is not to be broken. A second Ctrl-C quits at once.
+    All processes of a run stop at the same place, whichever was told.
     """
 
     def __init__(
@@ -43,7 +49,7 @@ class Safeguard(Checkpoint):
     ) -> None:
         self.checkpoint, self.between, self.every_seconds = Path(checkpoint), between, every_seconds
         self._received: int | None = None
-        self._saved = 0.0
+        self._saved = self._took = 0.0
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -56,7 +62,10 @@ class Safeguard(Checkpoint):
             self._act(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._act(trainer, due=self.between == "steps")
+        ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        elapsed = time.monotonic() - self._saved
+        worth = ends or elapsed >= WORTH * (self._took - FREE_SECONDS)
+        self._act(trainer, due=self.between == "steps" and self._agreed(trainer, worth))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._give_back()
@@ -69,8 +78,10 @@ class Safeguard(Checkpoint):
     def _act(self, trainer: Trainer, due: bool = False) -> None:
         asked = self._agreed(trainer, self._received is not None)
         if asked or due or self._agreed(trainer, time.monotonic() - self._saved > self.every_seconds):
+            started = time.monotonic()
             trainer.save_checkpoint(self.checkpoint)
             self._saved = time.monotonic()
+            self._took = self._saved - started
         if asked:
             self._stop(trainer)
 

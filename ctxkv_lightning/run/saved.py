@@ -38,8 +38,7 @@ def read(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
 def verify(path: Path) -> None:
     """Raises UserError unless the file has the size and SHA-256 that its manifest states."""
     try:
-        stated = [str(digest)[:64] for digest in json.loads(manifest_of(path).read_text(encoding="utf-8"))["sha256"]]
-        found = sha256_of(path)
+        stated, found = stated_of(path), sha256_of(path)
     except FileNotFoundError as error:
         raise UserError(
             f"there is no checkpoint {path}, or no manifest beside it ({error.filename} is missing)"
@@ -49,6 +48,11 @@ def verify(path: Path) -> None:
     if found not in stated:
         saved = " or ".join(f"{digest[:12]}…" for digest in stated) or "none"
         raise UserError(f"the checkpoint {path} is damaged: its SHA-256 is {found[:12]}…, saved was {saved}")
+
+
+def stated_of(path: Path) -> list[str]:
+    """The digests that the manifest of a checkpoint states; what reading and parsing a file raises, where it cannot."""
+    return [str(digest)[:64] for digest in json.loads(manifest_of(path).read_text(encoding="utf-8"))["sha256"]]
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:

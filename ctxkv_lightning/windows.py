@@ -136,30 +136,39 @@ class WindowLoader:
     def batch(self, chosen: Tensor, total: int, stand_in: Tensor) -> Windows:
         """The windows of these numbers (B,); if there are none, `stand_in`, of which nothing counts."""
         nothing = len(chosen) == 0
-        chosen = stand_in if nothing else chosen
-        own = chosen * self.length
-        starts = own.clamp_max(self.last_start)
-        positions = starts[:, None] + torch.arange(self.length)
-        counts = ((positions >= own[:, None]) & (positions < self.positions)).flatten() & (not nothing)
-        if self.stream.counted is not None:
-            counts &= self.stream.counted[(positions + 1).clamp_max(self.positions)].flatten()
-        counted = None if bool(counts.all()) else counts.nonzero().flatten()
-        device = self.stream.tokens.device
-        targets = self.stream.tokens[sent(positions.flatten()[counts] + 1, device)]
+        own = (stand_in if nothing else chosen) * self.length
+        starts, device = own.clamp_max(self.last_start), self.stream.tokens.device
+        counted = self._which_count(own, starts, nothing)
+        counted = None if counted is None else sent(counted, device)
+        reach = sent(starts, device)[:, None] + torch.arange(-self.history, self.length, device=device)
+        reach = reach.clamp(0, self.positions)
+        positions = reach[:, self.history :]
+        targets = self.stream.tokens[(positions.flatten() if counted is None else positions.flatten()[counted]) + 1]
         first = (self.history - starts).clamp_min(0)
-        reach = starts[:, None] + torch.arange(-self.history, self.length)
-        positions, reach = (sent(x.clamp(0, self.positions), device) for x in (positions, reach))
         embeddings = self.stream.embeddings[self.stream.rows[positions]]
         return Windows(
             self.stream.tokens[reach],
             targets,
-            None if counted is None else sent(counted, device),
+            counted,
             embeddings,
             self._memory(reach),
             sent(first, device) if bool(first.any()) else None,
             total,
             None if self.stream.ngram is None else self.stream.ngram[positions],
         )
+
+    def _which_count(self, own: Tensor, starts: Tensor, nothing: bool) -> Tensor | None:
+        """Which of the positions of windows that begin at `starts` (B,) count, (n,); None when all do, as is the rule.
+
+        A window counts from `own` (B,) on.
+        """
+        if self.stream.counted is None and not nothing and bool((own + self.length <= self.positions).all()):
+            return None
+        positions = starts[:, None] + torch.arange(self.length)
+        counts = ((positions >= own[:, None]) & (positions < self.positions)).flatten() & (not nothing)
+        if self.stream.counted is not None:
+            counts &= self.stream.counted[(positions + 1).clamp_max(self.positions)].flatten()
+        return None if bool(counts.all()) else counts.nonzero().flatten()
 
     def _memory(self, reach: Tensor) -> Tensor:
         """What stands at these positions (B, S+T): contexts side by side, or embeddings where there are none."""

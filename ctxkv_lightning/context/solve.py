@@ -16,6 +16,9 @@ WARM_UP = 96
 BLOCK = 1 << 18
 """Tokens solved at a time: bounds the working memory at about 0.6 KB × C per token of a block."""
 
+GPU_SEGMENT, GPU_BLOCK = 128, 1 << 20
+"""Shorter and more segments side by side are fewer steps, of more work in all: a GPU has room for that."""
+
 
 @torch.no_grad()
 def solve_contexts(
@@ -38,8 +41,9 @@ def solve_contexts(
     if ids is not None:
         return contexts, solve_onwards(encoder, embeddings, ids, contexts, encoder.initial(), tolerance)[0]
     state, worst = encoder.initial(), 0.0
-    for start in range(0, N, BLOCK):
-        rows = slice(start, min(start + BLOCK, N))
+    block = _lengths(contexts.device)[1]
+    for start in range(0, N, block):
+        rows = slice(start, min(start + block, N))
         index = torch.arange(rows.stop - start, device=state.device)
         solved, error = _solve_block(encoder, encoder.drive(embeddings[rows]), index, state, tolerance)
         contexts[rows] = solved
@@ -56,12 +60,18 @@ def solve_onwards(
     `ids` (N,) index the normalised `table` (V, D).
     """
     drives, worst = encoder.drive(table), 0.0
-    for start in range(0, len(ids), BLOCK):
-        rows = slice(start, min(start + BLOCK, len(ids)))
+    block = _lengths(ids.device)[1]
+    for start in range(0, len(ids), block):
+        rows = slice(start, min(start + block, len(ids)))
         solved, error = _solve_block(encoder, drives, ids[rows], state, tolerance)
         out[rows] = solved
         state, worst = solved[-1].clone(), max(worst, error)
     return worst, state
+
+
+def _lengths(device: torch.device) -> tuple[int, int]:
+    """Tokens of a segment and of a block on this device."""
+    return (GPU_SEGMENT, GPU_BLOCK) if device.type == "cuda" else (SEGMENT, BLOCK)
 
 
 def _solve_block(
@@ -69,11 +79,12 @@ def _solve_block(
 ) -> tuple[Tensor, float]:
     """Contexts (n, C) of a block that begins in `state` (C,); step t has the token half `drives[index[t]]`."""
     n, C = len(index), drives.shape[1]
-    segments = -(-n // SEGMENT)
+    segment = _lengths(drives.device)[0]
+    segments = -(-n // segment)
     # Time first: the rows of one lock-step lie together. What pads the last segment is cut off again.
-    steps = torch.nn.functional.pad(index, (0, segments * SEGMENT - n)).view(segments, SEGMENT).T.contiguous()
+    steps = torch.nn.functional.pad(index, (0, segments * segment - n)).view(segments, segment).T.contiguous()
     starts = _warm_up(encoder, drives, steps, state)
-    contexts = drives.new_empty(segments, SEGMENT, C)
+    contexts = drives.new_empty(segments, segment, C)
     wrong = torch.arange(segments, device=drives.device)
     while len(wrong):
         contexts[wrong] = _run(encoder, drives, steps[:, wrong], starts[wrong])
@@ -93,7 +104,7 @@ def _warm_up(encoder: ContextEncoder, drives: Tensor, steps: Tensor, state: Tens
 
 
 def _run(encoder: ContextEncoder, drives: Tensor, steps: Tensor, starts: Tensor) -> Tensor:
-    """Contexts (segments, SEGMENT, C) of segments, steps (SEGMENT, segments), that start in `starts` (segments, C)."""
+    """Contexts (segments, n, C) of segments, steps (n, segments), that start in `starts` (segments, C)."""
     contexts = drives.new_empty(steps.shape[1], steps.shape[0], drives.shape[1])
     state = starts
     for t, step in enumerate(steps):

@@ -15,7 +15,10 @@ from torch.nn import functional as F
 from ctxkv_lightning.lm.normalise import normalise
 
 CHUNK = 2048
-"""Rows of logits held at a time; fewer would make the products bound by reading the table."""
+"""Rows of logits held at a time, at most; fewer would make the products bound by reading the table."""
+
+GPU_CHUNK = 4608
+"""The same on a GPU, where each chunk costs launches: two for the published step."""
 
 WIDTH = {"cuda": 64}
 """By device: the table gets rows of zeros up to a multiple of this, where matrix units are slow on other widths."""
@@ -35,7 +38,7 @@ def score(hidden: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     V, factor = len(table), _factor(table, hidden)
     nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-    for rows in _chunks(len(hidden)):
+    for rows in _chunks(hidden):
         logits = hidden[rows].to(factor.dtype) @ factor.T
         hits[rows] = logits[:, :V].argmax(dim=-1) == targets[rows]
         nll[rows] = normalise(logits, targets[rows], V, gradient=False)
@@ -48,7 +51,7 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         V, factor = len(table), _factor(table, hidden)
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for rows in _chunks(len(hidden)):
+        for rows in _chunks(hidden):
             logits = hidden[rows].to(factor.dtype) @ factor.T
             nll[rows] = normalise(logits, targets[rows], V, gradient is not None)
             if gradient is not None:
@@ -73,8 +76,11 @@ def _compute_type(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def _chunks(rows: int) -> list[slice]:
-    return [slice(start, start + CHUNK) for start in range(0, rows, CHUNK)]
+def _chunks(hidden: Tensor) -> list[slice]:
+    """The rows of hidden states in as few parts as may be, all about as long."""
+    rows, longest = len(hidden), GPU_CHUNK if hidden.device.type == "cuda" else CHUNK
+    size = -(-rows // max(1, -(-rows // longest)))
+    return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 def mixed_cross_entropy(
@@ -100,7 +106,7 @@ class _MixedCrossEntropy(torch.autograd.Function):
         own_bias = F.pad(bias.to(factor.dtype), (0, len(factor) - V))
         of_hidden, of_share, of_pointed = torch.empty_like(hidden), torch.empty_like(nll), torch.empty_like(nll)
         of_table, of_bias = torch.zeros_like(table) if needed[1] else None, torch.zeros_like(bias)
-        for rows in _chunks(len(hidden)):
+        for rows in _chunks(hidden):
             own = hidden[rows].to(factor.dtype)
             logits = torch.addmm(own_bias, own, factor.T)
             alone = log_share[rows] - normalise(logits, targets[rows], V, gradient=any(needed))

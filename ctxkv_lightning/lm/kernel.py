@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LARGEST_BLOCK = 8192
+LARGEST_BLOCK = 4096
 """Logits that a program of the kernel holds at a time."""
 
 
@@ -13,7 +13,7 @@ def normalise_rows(logits: Tensor, targets: Tensor, V: int, gradient: bool) -> T
     """`normalise` with a program for each row; the rows (n, P) lie one after another."""
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     block = min(LARGEST_BLOCK, triton.next_power_of_2(logits.shape[1]))
-    warps = max(1, min(16, block // 512))
+    warps = max(1, min(8, block // 512))
     _normalise_row[len(logits),](logits, targets, losses, V, logits.shape[1], gradient, block, num_warps=warps)
     return losses
 

@@ -10,6 +10,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -97,15 +98,21 @@ def clear_aside(folder: Path) -> None:
 
 
 class _HashingWriter(io.BufferedWriter):
-    """A file that is written from its beginning to its end, and the SHA-256 of what went into it."""
+    """A file that is written from its beginning to its end; the SHA-256 of what went into it is taken beside that."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "w"))
-        self.digest = hashlib.sha256()
+        self.digest, self._hasher = hashlib.sha256(), ThreadPoolExecutor(1)
 
     def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return super().write(data)
+        hashed = self._hasher.submit(self.digest.update, data)
+        written = super().write(data)
+        hashed.result()
+        return written
+
+    def close(self) -> None:
+        self._hasher.shutdown()
+        super().close()
 
 
 def _replace(path: Path, checkpoint: dict[str, Any]) -> None:

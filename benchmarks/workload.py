@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.published import PublishedLM, Split, make_optimizer, train_step
-from ctxkv_lightning.lm.head import CHUNK, frozen_cross_entropy
+from ctxkv_lightning.lm.head import chunks, frozen_cross_entropy, width_of
 from ctxkv_lightning.lm.model import ContextKVLM
 from ctxkv_lightning.run.machine import cpu_multiplies_bf16
 from ctxkv_lightning.windows import Stream, WindowLoader, Windows
@@ -152,7 +152,8 @@ def product_chain(V: int, sizes: Sizes, device: torch.device) -> Callable[[], in
         (n, sizes.ffn, sizes.D, True),
     ]
     body = [(tensor(r, i), tensor(o, i), tensor(r, o), wanted) for r, i, o, wanted in layers]
-    table, hidden, probabilities = tensor(V, sizes.D), tensor(n, sizes.D), tensor(min(CHUNK, n), V)
+    P, hidden = width_of(V, device), tensor(n, sizes.D)
+    table, probabilities = tensor(P, sizes.D), tensor(chunks(hidden)[0].stop, P)
 
     def chain() -> int:
         for x, weight, gradient, wanted in body:
@@ -160,9 +161,9 @@ def product_chain(V: int, sizes: Sizes, device: torch.device) -> Callable[[], in
             _ = gradient.T @ x
             if wanted:
                 _ = gradient @ weight
-        for rows in hidden.split(CHUNK):
-            _ = rows @ table.T
-            _ = probabilities[: len(rows)] @ table
+        for rows in chunks(hidden):
+            _ = hidden[rows] @ table.T
+            _ = probabilities[: len(hidden[rows])] @ table
         return n
 
     return chain

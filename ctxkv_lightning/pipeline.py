@@ -54,6 +54,7 @@ from ctxkv_lightning.run.machine import (
     keep_freed_memory,
     resolve_precision,
     solver_device,
+    uses_gpu,
 )
 from ctxkv_lightning.run.saved import newest_intact, steps_done
 from ctxkv_lightning.run.trainer import make_trainer
@@ -230,7 +231,8 @@ def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: i
         parts = {"model": dict(module.hparams), "data": dict(data.hparams), **settings}
         run.write_lightning(yaml.safe_dump(lightning_settings(config, trainer, hardware, parts), sort_keys=False))
     if compile_pays(config.train.compile, config.trainer.accelerator, steps * config.train.max_epochs):
-        module.model.compile()
+        on_gpu = uses_gpu(config.trainer.accelerator)
+        module.model.compile(mode="reduce-overhead" if on_gpu else None)  # CUDA graphs: steps of a few milliseconds
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     trainer.logger = None  # the phase's metrics.csv ends with its last epoch
     scores: dict[str, float] = {}

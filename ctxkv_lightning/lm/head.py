@@ -38,7 +38,7 @@ def score(hidden: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     V, factor = len(table), _factor(table, hidden)
     nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     hits = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-    for rows in _chunks(hidden):
+    for rows in chunks(hidden):
         logits = hidden[rows].to(factor.dtype) @ factor.T
         hits[rows] = logits[:, :V].argmax(dim=-1) == targets[rows]
         nll[rows] = normalise(logits, targets[rows], V, gradient=False)
@@ -51,7 +51,7 @@ class _FrozenCrossEntropy(torch.autograd.Function):
         V, factor = len(table), _factor(table, hidden)
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for rows in _chunks(hidden):
+        for rows in chunks(hidden):
             logits = hidden[rows].to(factor.dtype) @ factor.T
             nll[rows] = normalise(logits, targets[rows], V, gradient is not None)
             if gradient is not None:
@@ -67,8 +67,17 @@ class _FrozenCrossEntropy(torch.autograd.Function):
 
 def _factor(table: Tensor, hidden: Tensor) -> Tensor:
     """The table as the products read it: (P, D) in the compute type, P ≥ V."""
-    factor, missing = table.to(_compute_type(hidden)), -len(table) % WIDTH.get(table.device.type, 1)
-    return F.pad(factor, (0, 0, 0, missing)) if missing else factor
+    V, P = len(table), width_of(len(table), table.device)
+    if P == V:
+        return table.to(_compute_type(hidden))
+    factor = table.new_empty(P, table.shape[1], dtype=_compute_type(hidden))
+    factor[:V], factor[V:] = table, 0
+    return factor
+
+
+def width_of(V: int, device: torch.device) -> int:
+    """P: the rows of a table of V tokens as products on this device read it."""
+    return V + -V % WIDTH.get(device.type, 1)
 
 
 def _compute_type(hidden: Tensor) -> torch.dtype:
@@ -76,7 +85,7 @@ def _compute_type(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def _chunks(hidden: Tensor) -> list[slice]:
+def chunks(hidden: Tensor) -> list[slice]:
     """The rows of hidden states in as few parts as may be, all about as long."""
     rows, longest = len(hidden), GPU_CHUNK if hidden.device.type == "cuda" else CHUNK
     size = -(-rows // max(1, -(-rows // longest)))
@@ -106,7 +115,7 @@ class _MixedCrossEntropy(torch.autograd.Function):
         own_bias = F.pad(bias.to(factor.dtype), (0, len(factor) - V))
         of_hidden, of_share, of_pointed = torch.empty_like(hidden), torch.empty_like(nll), torch.empty_like(nll)
         of_table, of_bias = torch.zeros_like(table) if needed[1] else None, torch.zeros_like(bias)
-        for rows in _chunks(hidden):
+        for rows in chunks(hidden):
             own = hidden[rows].to(factor.dtype)
             logits = torch.addmm(own_bias, own, factor.T)
             alone = log_share[rows] - normalise(logits, targets[rows], V, gradient=any(needed))

@@ -54,7 +54,6 @@ from ctxkv_lightning.run.machine import (
     keep_freed_memory,
     resolve_precision,
     solver_device,
-    uses_gpu,
 )
 from ctxkv_lightning.run.saved import newest_intact, steps_done
 from ctxkv_lightning.run.trainer import make_trainer
@@ -68,7 +67,7 @@ class Trained(NamedTuple):
     """What Phase 2 hands on."""
 
     module: ContextKVLMModule
-    history: History
+    epochs: list[dict[str, float]]
     stopped_early: bool
     scores: dict[str, float]  # of the best checkpoint, reloaded
 
@@ -231,16 +230,16 @@ def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: i
         parts = {"model": dict(module.hparams), "data": dict(data.hparams), **settings}
         run.write_lightning(yaml.safe_dump(lightning_settings(config, trainer, hardware, parts), sort_keys=False))
     if compile_pays(config.train.compile, config.trainer.accelerator, steps * config.train.max_epochs):
-        on_gpu = uses_gpu(config.trainer.accelerator)
-        module.model.compile(mode="reduce-overhead" if on_gpu else None)  # CUDA graphs: steps of a few milliseconds
+        module.model.compile()
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     trainer.logger = None  # the phase's metrics.csv ends with its last epoch
+    epochs, stopped = history.epochs, history.stopped  # before the best checkpoint brings back those of its time
     scores: dict[str, float] = {}
     for evaluate in (trainer.validate, trainer.test):
         scores |= evaluate(module, datamodule=data, ckpt_path=run.checkpoints / BEST, weights_only=True, verbose=False)[
             0
         ]
-    return Trained(module, history, history.stopped, scores)
+    return Trained(module, epochs, stopped, scores)
 
 
 def callback_settings(config: Config, run: RunFolder, data: ContextDataModule) -> dict[str, dict[str, Any]]:
@@ -295,7 +294,7 @@ def collect_metrics(
     stages: Stages,
 ) -> dict[str, Any]:
     """The contents of metrics.json (DESIGN §4)."""
-    epochs = trained.history.epochs
+    epochs = trained.epochs
     best = min(epochs, key=lambda row: row["val_ppl"])
     val_ppl, precision = trained.scores[MONITOR], trained.module.trainer.precision
     return {

@@ -89,6 +89,15 @@ def test_metrics_have_the_keys_that_other_programs_read(finished):
     assert metrics["config"]["samples"] == metrics["data"]["train_documents"] == 8
 
 
+def test_epochs_after_the_best_one_are_kept(finished, tmp_path):
+    """Nothing is learnt, so the first epoch stays the best; its checkpoint is reloaded, with what was known then."""
+    config = replace(SMALL, cache_dir=finished[1].cache_dir, train=TrainConfig(lr=1e-30, max_epochs=3))
+    pipeline.run_experiment(config, tmp_path / "run")
+    trained = read_metrics(tmp_path / "run")["train"]
+    assert trained["best_epoch"] == 1
+    assert [row["epoch"] for row in trained["epochs"]] == [1, 2, 3]
+
+
 def test_the_result_is_that_of_the_best_checkpoint(finished):
     folder, _ = finished
     metrics = read_metrics(folder)

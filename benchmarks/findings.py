@@ -22,6 +22,10 @@ Run = dict[str, Any]
 """The content of a metrics.json."""
 
 OURS, GRID, HEADS = "context_kv, strided", "context_kv, grid", "context_kv, an interval per head"
+PATIENT = "context_kv, strided, until its patience ends"
+"""The published selection with the published limit of 40 epochs; all others have at most `EPOCHS`."""
+
+EPOCHS = 8
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -82,6 +86,8 @@ def kind(run: Run) -> str:
         return str(config["model"]["name"])
     if isinstance(config["interval"], list):
         return HEADS
+    if config["train"]["max_epochs"] > EPOCHS:
+        return PATIENT
     return GRID if config["selection"] == "grid" else OURS
 
 
@@ -144,23 +150,33 @@ def rows_of(runs: Sequence[Run], samples: int) -> list[Row]:
     for run in runs:
         config = run["config"]
         default = config["max_contexts"] == 32 and (isinstance(config["interval"], list) or config["interval"] == 20)
-        if config["samples"] == samples and default:
+        long = config["train"]["max_epochs"] > EPOCHS and kind(run) != PATIENT
+        if config["samples"] == samples and default and not long:
             seeds = [other["config"]["seed"] for other in groups.get(kind(run), [])]
             if config["seed"] not in seeds:
                 groups.setdefault(kind(run), []).append(run)
     return sorted((Row(name, group) for name, group in groups.items()), key=lambda row: statistics.mean(row.val))
 
 
-def swept(runs: Sequence[Run], key: str) -> list[Row]:
-    """Strided runs at 100 samples and the first seed along one key, all else at the default."""
-    default = {"interval": 20, "max_contexts": 32}
-    found: dict[int, Run] = {}
+def crossed(runs: Sequence[Run]) -> dict[tuple[int, int], Run]:
+    """Strided runs at 100 samples and the first seed, by (interval, max_contexts); of two alike, the later one."""
+    found = {}
     for run in runs:
         config = run["config"]
-        others = all(config[name] == value for name, value in default.items() if name != key)
-        if kind(run) == OURS and others and config["samples"] == 100 and config["seed"] == 42:
-            found[config[key]] = run
-    return [Row(f"{key}={value}", [found[value]]) for value in sorted(found)]
+        if kind(run) == OURS and config["samples"] == 100 and config["seed"] == 42:
+            found[config["interval"], config["max_contexts"]] = run
+    return found
+
+
+def crossed_table(runs: Sequence[Run]) -> str:
+    """Validation PPL, a row for each max_contexts and a column for each interval."""
+    found = crossed(runs)
+    intervals, contexts = (sorted({place[axis] for place in found}) for axis in (0, 1))
+    lines = [["max_contexts", *(f"interval={interval}" for interval in intervals)], ["---:"] * (1 + len(intervals))]
+    for each in contexts:
+        row = [found.get((interval, each)) for interval in intervals]
+        lines.append([str(each), *("" if run is None else f"{run['result']['val_ppl']:.1f}" for run in row)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -186,25 +202,26 @@ def page(runs: Sequence[Run], pages: Path, recorded: Sequence[Entry]) -> str:
     parts = [
         "# Results",
         "Made by `make results` (benchmarks/findings.py) from the runs' metrics.json, which are in "
-        f"[{pages}/runs]({pages}/runs); [side by side]({pages}/report.md). Default text and tokenizer, on a "
-        "CPU; ± is the sample standard deviation over seeds, gap is validation minus train PPL at the best epoch, and "
-        "bytes kept are a decoder's after 10,000 tokens in fp32. First the published model and its rivals: all were "
-        "trained in the published way for at most 8 epochs, tuned for none. Means count as different when two standard "
-        "deviations of their difference lie between them. "
-        "Not yet run: " + missing(runs) + ".",
+        f"[{pages}/runs]({pages}/runs); [side by side]({pages}/report.md). Default text and tokenizer, "
+        f"{machines(every)}; ± is the sample standard deviation over seeds, gap is validation minus train PPL at the "
+        "best epoch, and bytes kept are a decoder's after 10,000 tokens in fp32. First the published model and its "
+        f"rivals: all were trained in the published way for at most {EPOCHS} epochs, tuned for none; the published "
+        "selection also for as long as its patience of three epochs lasted. Means count as different when two standard "
+        "deviations of their difference lie between them. Not yet run: " + missing(runs) + ".",
     ]
-    hundred = rows_of(runs, 100)
     for samples in (100, 500):
         rows = rows_of(runs, samples)
         if rows:
             parts += [f"## {samples} samples", table(rows)]
-    for key in ("interval", "max_contexts"):
-        rows = swept(runs, key)
-        if len(rows) > 1:
-            parts += [f"## Sweep over {key}, seed 42", table(rows)]
-    parts += ["## What they say", "\n".join(f"{n}. {text}" for n, text in enumerate(sentences(runs, hundred), start=1))]
-    ours = {size: next((row.runs for row in rows_of(runs, size) if row.name == OURS), []) for size in (100, 500)}
-    parts += recipe.section(every, ours)
+    if len(crossed(runs)) > 1:
+        parts += ["## Sweep over interval and max_contexts, seed 42", crossed_table(runs)]
+    said = sentences(runs, rows_of(runs, 100), rows_of(runs, 500))
+    parts += ["## What they say", "\n".join(f"{n}. {text}" for n, text in enumerate(said, start=1))]
+    ours, patient = (
+        {size: next((row.runs for row in rows_of(runs, size) if row.name == name), []) for size in (100, 500)}
+        for name in (OURS, PATIENT)
+    )
+    parts += recipe.section(every, ours, patient)
     parts += remembered.section(recorded)
     return "\n\n".join(parts) + "\n"
 
@@ -214,15 +231,24 @@ def missing(runs: Sequence[Run]) -> str:
     left = []
     for samples in (100, 500):
         rows = {row.name: len(row.runs) for row in rows_of(runs, samples)}
-        names = [OURS, GRID, HEADS, "sliding_window", "transformer", "recurrence", "cascade"]
+        names = [OURS, PATIENT, GRID, HEADS, "sliding_window", "transformer", "recurrence", "cascade"]
         wanting = [f"{name} ({3 - rows.get(name, 0)})" for name in names if rows.get(name, 0) < 3]
         left += [f"seeds at {samples} samples of {', '.join(wanting)}"] if wanting else []
-    left += [f"the sweep over {key}" for key in ("interval", "max_contexts") if len(swept(runs, key)) < 3]
+    if len(crossed(runs)) < 9:
+        left.append(f"{9 - len(crossed(runs))} of 9 trials of the sweep over interval and max_contexts")
     return "; ".join(left) or "nothing"
 
 
-def sentences(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
-    """Ten sentences at most; those whose runs are missing are left out."""
+def machines(runs: Sequence[Run]) -> str:
+    """What the runs ran on, in words."""
+    on_gpu = [run["machine"]["processor"] for run in runs if run["machine"]["device"].startswith("cuda")]
+    if not on_gpu:
+        return "on a CPU"
+    return f"{len(runs) - len(on_gpu)} of the {len(runs)} runs on a CPU, {len(on_gpu)} on an {' or '.join(set(on_gpu))}"
+
+
+def sentences(runs: Sequence[Run], rows: Sequence[Row], more: Sequence[Row] = ()) -> list[str]:
+    """Ten sentences at most, of the rows at 100 samples and at 500; those whose runs are missing are left out."""
     by_name = {row.name: row for row in rows}
     ours, said = by_name.get(OURS), []
     if ours is None:
@@ -239,12 +265,12 @@ def sentences(runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
     ):
         if name in by_name:
             said.append(_against(ours, by_name[name], why))
-    for key in ("interval", "max_contexts"):
-        along = swept(runs, key)
-        if len(along) > 1:
-            said.append(_sweep(key, along))
+    if len(crossed(runs)) > 1:
+        said.append(_sweep(crossed(runs)))
     said.append(_overfitting(rows))
-    return said[:10]
+    if any(row.name == OURS for row in more):
+        said.append(_with_more_text(more))
+    return said
 
 
 def _footing(ours: Row, footing: dict[str, float]) -> str:
@@ -276,12 +302,27 @@ def _against(ours: Row, other: Row, why: str) -> str:
     )
 
 
-def _sweep(key: str, along: Sequence[Row]) -> str:
-    values = ", ".join(f"{row.val[0]:.1f} at {row.name.partition('=')[2]}" for row in along)
-    best, worst = (choose(along, key=lambda row: row.val[0]) for choose in (min, max))
+def _sweep(found: dict[tuple[int, int], Run]) -> str:
+    ppl = {place: run["result"]["val_ppl"] for place, run in found.items()}
+    best, worst = (choose(ppl, key=lambda place: ppl[place]) for choose in (min, max))
+    words = [f"`interval={interval} max_contexts={contexts}`" for interval, contexts in (best, worst)]
     return (
-        f"Over `{key}`, validation PPL is {values} (one seed): {best.name.partition('=')[2]} is best, "
-        f"{worst.val[0] / best.val[0] - 1:.1%} better than the worst."
+        f"Over interval and max_contexts, validation PPL is best at {words[0]} ({ppl[best]:.1f}), worst at {words[1]} "
+        f"({ppl[worst]:.1f}; one seed): {ppl[worst] / ppl[best] - 1:.1%} apart, so reach and number of the contexts "
+        "that are read matter little."
+    )
+
+
+def _with_more_text(rows: Sequence[Row]) -> str:
+    (ours,) = [row for row in rows if row.name == OURS]
+    mean = statistics.mean(ours.val)
+    better = [row for row in rows if statistics.mean(row.val) < mean and row.name != PATIENT]
+    named = ", ".join(f"`{row.name}` {spread(row.val)}" for row in better)
+    trigram = ours.runs[0]["footing"]["kneser_ney_ppl"]
+    return (
+        f"With 500 samples the published selection is at a validation PPL of {spread(ours.val)}, {mean / trigram:.2f} "
+        f"× the trigram ({trigram:.1f}); "
+        + (f"better than it are {named}." if better else "nothing here is better than it.")
     )
 
 

@@ -108,15 +108,18 @@ def spread(runs: Sequence[Run], name: str = "val_ppl") -> str:
     return f"{mean(runs, name):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def section(runs: Sequence[Run], published: Published) -> list[str]:
-    """The section as Markdown parts; nothing where the recipe was not run."""
+def section(runs: Sequence[Run], published: Published, patient: Published) -> list[str]:
+    """The section as Markdown parts; nothing where the recipe was not run.
+
+    `patient` are the published runs that had as many epochs as they wanted.
+    """
     found = groups(runs)
     if not of(found):
         return []
     parts = ["## The recipe: `experiment=best`", INTRODUCTION, model_table(found)]
     if lever_rows(found):
         parts += ["### Every lever alone, seed 42", LEVERS_ARE, lever_table(found)]
-    parts += ["### What the recipe says", numbered([*sentences(found, published), *on_chats(runs)])]
+    parts += ["### What the recipe says", numbered([*sentences(found, published, patient), *on_chats(runs)])]
     return parts
 
 
@@ -188,10 +191,10 @@ def sizes(run: Run) -> list[str]:
     return [f"{run['decode_state']['bytes']['10000']:,}", f"{run['parameters']['trainable']:,}"]
 
 
-def sentences(found: dict[Key, list[Run]], published: Published) -> list[str]:
+def sentences(found: dict[Key, list[Run]], published: Published, patient: Published) -> list[str]:
     """What the tables say, each with the bound that was set beforehand; test PPL where the bound is on it."""
     return [
-        *against_published(found, published),
+        *against_published(found, {**published, **{size: runs for size, runs in patient.items() if runs}}),
         *against_cache(found),
         *with_counts_and_without(found),
         *without_pointer(found),
@@ -326,8 +329,9 @@ def worth_of_levers(found: dict[Key, list[Run]]) -> list[str]:
 def time_and_text(found: dict[Key, list[Run]], published: Published) -> list[str]:
     """What the recipe costs, and what it lacks."""
     best, said = of(found), []
-    if published.get(100):
-        own, theirs = (statistics.mean(run["seconds"]["train"] for run in runs) for runs in (best, published[100]))
+    alike = [run for run in published.get(100, []) if run["machine"]["device"] == best[0]["machine"]["device"]]
+    if alike:
+        own, theirs = (statistics.mean(run["seconds"]["train"] for run in runs) for runs in (best, alike))
         said.append(
             f"Phase 2 took {own:.0f} s with the recipe, {theirs:.0f} s without it ({own / theirs:.2f} ×), one thread "
             "each, not side by side, on machines that had other work too."

@@ -138,7 +138,7 @@ def label_ends(axes: Axes, labels: Sequence[Label], ends: Sequence[float] | None
     height = axes.get_window_extent().height / axes.figure.dpi  # inches, before the layout trims them
     heights = spread([y for y, *_ in found], gap=0.22 / height)
     for (end, x, text, colour), y in zip(found, heights, strict=True):
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 3}
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
         axes.annotate(
             text,
             xy=(x, end),

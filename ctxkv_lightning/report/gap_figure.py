@@ -12,12 +12,16 @@ from ctxkv_lightning.report.runs import Run
 MOST_RUNS = 40
 """Rows of the figure."""
 
+WIDEST = 58
+"""Characters of a label's line."""
+
 
 def gap_figure(runs: Sequence[Run], labels: Sequence[str]) -> Drawn:
     """Train and validation PPL of each run at its best epoch, the best runs at the top."""
-    shown = list(zip(runs, labels, strict=True))[:MOST_RUNS]
-    longest = max(len(label) for _, label in shown)
-    figure, axes = single(max(7.2, min(9.6, 5.4 + 0.075 * longest)), 1.25 + 0.27 * len(shown))
+    shown = [(run, _broken(label)) for run, label in zip(runs, labels, strict=True)][:MOST_RUNS]
+    longest = max(len(line) for _, label in shown for line in label.splitlines() or [""])
+    lines = max(label.count("\n") + 1 for _, label in shown)
+    figure, axes = single(max(7.2, min(9.6, 5.4 + 0.075 * longest)), 1.25 + (0.11 + 0.16 * lines) * len(shown))
     for row, (run, _) in enumerate(shown):
         colour, marker = look(run.model).colour, look(run.model).marker
         axes.plot([run.train_ppl, run.val_ppl], [row, row], color=colour, linewidth=1.6, zorder=2)
@@ -38,6 +42,17 @@ def gap_figure(runs: Sequence[Run], labels: Sequence[str]) -> Drawn:
     best = "" if len(shown) == len(runs) else f" The best {len(shown)} of {len(runs)} runs."
     caption = f"Train (hollow) and validation PPL (filled) at the best epoch, their difference beside.{best}"
     return Drawn("gap", figure, caption, wide=True)
+
+
+def _broken(label: str) -> str:
+    """A label in lines of at most `WIDEST` characters, broken between two settings."""
+    lines: list[str] = []
+    for setting in label.split(" · "):
+        if lines and len(lines[-1]) + 3 + len(setting) <= WIDEST:
+            lines[-1] += f" · {setting}"
+        else:
+            lines.append(setting)
+    return " ·\n".join(lines)
 
 
 def _gap_axes(axes: Axes, labels: Sequence[str], first: Run) -> None:

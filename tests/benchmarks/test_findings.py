@@ -49,7 +49,33 @@ def test_what_is_missing_is_named(runs):
     left = findings.missing(runs)
     assert "context_kv, grid (3)" in left
     assert "sliding_window" not in left.split(";")[0]
-    assert "the sweep over interval" in left
+    assert "8 of 9 trials of the sweep over interval and max_contexts" in left
+
+
+def test_a_run_of_more_epochs_is_a_kind_of_its_own(runs):
+    for run in runs[:3]:
+        run["config"]["train"]["max_epochs"] = 40
+    assert [row.name for row in findings.rows_of(runs, 100)] == ["sliding_window", findings.PATIENT]
+    for run in runs[3:]:
+        run["config"]["train"]["max_epochs"] = 40
+    assert [row.name for row in findings.rows_of(runs, 100)] == [findings.PATIENT]
+
+
+def test_what_more_text_does_is_said(runs):
+    more = copy.deepcopy(runs)
+    for run in more:
+        run["config"]["samples"] = 500
+    said = findings.sentences(runs, findings.rows_of(runs, 100), findings.rows_of(more, 500))
+    assert "better than it are `sliding_window` 321.0 ± 1.0" in said[-1]
+
+
+def test_interval_and_max_contexts_are_crossed(runs):
+    other = copy.deepcopy(runs[0])
+    other["config"] |= {"interval": 50, "max_contexts": 16}
+    lines = findings.crossed_table([runs[0], other]).splitlines()
+    assert lines[0] == "| max_contexts | interval=20 | interval=50 |"
+    assert lines[2].endswith("|  | 350.0 |")
+    assert lines[3].endswith("| 350.0 |  |")
 
 
 def test_the_page_in_the_repository_is_made_of_the_metrics_in_the_repository():

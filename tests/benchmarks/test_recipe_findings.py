@@ -72,7 +72,7 @@ def test_levers_stand_by_what_they_are_worth_against_the_same_seed(runs):
 
 
 def test_sentences_follow_the_numbers(runs):
-    said = " ".join(recipe.sentences(recipe.groups(runs), published(runs[0])))
+    said = " ".join(recipe.sentences(recipe.groups(runs), published(runs[0]), {}))
     assert "0.250 × the published one's 400.0 (one seed; at most 0.27 was asked for)" in said
     assert "0.150 × the published one's" in said
     assert "the recipe is at 1.000 × (at most 1.0 was asked for)" in said
@@ -96,9 +96,26 @@ def test_a_published_run_that_might_have_gone_on_is_said_to(runs):
     last["train"]["best_epoch"] = last["config"]["train"]["max_epochs"]
     other[100] = [copy.deepcopy(last), copy.deepcopy(last)]
     other[100][0]["train"]["best_epoch"] = 1
-    said = " ".join(recipe.sentences(recipe.groups(runs), other))
+    said = " ".join(recipe.sentences(recipe.groups(runs), other, {}))
     assert "(2 seeds, 1 of them still gaining when the epochs ended; at most 0.27" in said
     assert "(one seed, still gaining when the epochs ended" in said
+
+
+def test_published_runs_that_had_the_epochs_they_wanted_are_what_is_compared_with(runs):
+    plain = published(runs[0])
+    patient = copy.deepcopy(plain)
+    patient[100][0]["result"]["test_ppl"] = 800.0
+    said = " ".join(recipe.sentences(recipe.groups(runs), plain, {**patient, 500: []}))
+    assert "0.125 × the published one's 800.0" in said
+    assert "0.150 × the published one's" in said
+
+
+def test_times_are_compared_on_one_kind_of_machine(runs):
+    plain = published(runs[0])
+    plain[100][0]["machine"]["device"] = runs[0]["machine"]["device"]
+    assert any("Phase 2 took" in line for line in recipe.sentences(recipe.groups(runs), plain, {}))
+    plain[100][0]["machine"] = {**plain[100][0]["machine"], "device": "cuda:0"}
+    assert not any("Phase 2 took" in line for line in recipe.sentences(recipe.groups(runs), plain, {}))
 
 
 def test_other_changes_and_repeated_seeds_are_no_levers(runs):
@@ -127,8 +144,8 @@ def test_page_and_comparisons_are_made_of_folders_of_runs(tmp_path, runs):
 
 
 def test_nothing_is_said_of_what_was_not_run(runs):
-    assert recipe.section(runs[3:], {}) == []
-    assert "500 samples" not in " ".join(recipe.sentences(recipe.groups(runs[:3]), {}))
+    assert recipe.section(runs[3:], {}, {}) == []
+    assert "500 samples" not in " ".join(recipe.sentences(recipe.groups(runs[:3]), {}, {}))
     assert recipe.on_chats(runs) == []
 
 

@@ -162,6 +162,18 @@ def test_the_gap_is_drawn_from_train_to_validation(count: int) -> None:
     assert ("The best 40 of 45 runs." in drawn.caption) == (count > MOST_RUNS)
 
 
+def test_long_labels_of_the_gap_are_broken_between_settings() -> None:
+    label = "context_kv · samples 500 · interval [1,1,5,5,20,20,80,80] · strided · max_contexts 32 · seed 42"
+    with styled():
+        drawn = gap_figure([run(200)], [label])
+        drawn.figure.draw_without_rendering()
+    (axes,) = drawn.figure.axes
+    lines = axes.get_yticklabels()[0].get_text().splitlines()
+    assert max(map(len, lines)) <= 60
+    assert " ".join(lines) == label
+    assert axes.get_position().width > 0.4
+
+
 def test_a_curve_is_drawn_over_its_points() -> None:
     runs = [run(95.4 + 10_000 * n**-0.778, model="cascade", samples=n) for n in (200, 400, 800, 1600)]
     keys = differing(runs)

@@ -153,7 +153,7 @@ class TrainConfig:
     """Positions in one optimizer step."""
     max_epochs: int = number(40, at_least=1)
     compile: str = choice("auto", "on", "off")
-    """Whether torch.compile is used; `auto`: on a GPU, for runs long enough to earn back the minute it takes."""
+    """Whether torch.compile is used; `auto`: on a GPU, for runs long enough to earn back what it takes."""
     patience: int = number(3, at_least=1)
     """Epochs without a better validation PPL before training stops."""
 

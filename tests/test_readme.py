@@ -92,3 +92,41 @@ def test_the_decoding_table_is_the_one_that_was_measured():
     assert rows == expected
     assert f"{measured['against_recomputing']['ratio']:.1f} × faster" in README
     assert f"{measured['prompt']['ratio']:.0f} × sooner" in README
+
+
+def test_the_table_of_speed_is_the_one_that_was_measured():
+    shown = re.search(r"<!-- speed -->\n(.*?)\n<!-- /speed -->", README, re.DOTALL)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown[1].splitlines()[2:]]
+    assert [row[:-1] for row in rows] == speed_rows()
+
+
+def speed_rows() -> list[list[str]]:
+    """What was asked for and what was measured, claim by claim."""
+    files = (ROOT / "benchmarks" / "results").glob("*.json")
+    of = {file.stem: json.loads(file.read_text())["result"] for file in files}
+    fp32, bf16 = (of["attention"][name]["ratio"]["median"] for name in ("fp32", "bf16"))
+    small, large = (of["phase2"]["speed"][V] for V in ("8192", "50257"))
+    gpu, longest = of["gpu"], of["scale"]["largest_to_smallest"]
+    step, whole = gpu["phase2"]["eager"], gpu["experiment"]["seconds"]
+    rounding = abs(of["precision"]["percent_at_best"]["bf16-mixed"])
+    return [
+        [
+            "folded attention, forward and backward, against gathering, fp32 (bf16)",
+            "15 ×",
+            f"{fp32:.1f} × ({bf16:.1f} ×)",
+        ],
+        ["Phase 2 against the published method, V=8,192", "4.4 ×", f"{small['ratio']['median']:.1f} ×"],
+        ["Phase 2 against the published method, V=50,257", "4.4 ×", f"{large['ratio']['median']:.1f} ×"],
+        [
+            "Phase 2 against its own matrix products alone, V=8,192 (50,257)",
+            "75 %",
+            f"{small['percent_of_chain']['median']:.0f} % ({large['percent_of_chain']['median']:.0f} %)",
+        ],
+        ["exact contexts against the loop, 122,794 tokens", "15 ×", f"{of['contexts']['ratio']['median']:.0f} ×"],
+        ["time per token at 10 M tokens against 0.1 M, Phase 2", "1.15 ×", f"{longest['train']:.2f} ×"],
+        ["peak memory of Phase 2, V=50,257", "1.5 GB", f"{of['phase2']['memory']['beyond_gb']:.1f} GB"],
+        ["validation PPL in bf16 against fp32", "1 %", f"{rounding:.2f} %"],
+        ["Phase 2 on one H200, V=50,257, tokens/s", "2.3 M", f"{step['tokens_per_second'] / 1e6:.1f} M"],
+        ["the whole published-size experiment on one H200", "10 s", f"{whole['total']:.1f} s"],
+        ["of that, Phase 2 with its checkpoints", "", f"{whole['train']:.1f} s"],
+    ]

@@ -25,11 +25,14 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP) ## Run the experiment; options through ARGS="interval=50"
 	$(BIN)/python train.py $(ARGS)
 
+# A file's tests share what is costly to make, so a file goes to one process.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
 test: $(STAMP) ## Run the tests but the slow ones
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(STAMP) ## Run all tests
-	$(BIN)/python -m pytest -m '' $(ARGS)
+	$(PYTEST) -m '' $(ARGS)
 
 lint: $(STAMP) ## Check style, types and the direction of imports
 	$(BIN)/ruff check .

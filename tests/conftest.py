@@ -10,6 +10,11 @@ ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the processors, and so do the processes that tests start
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     """Seeds torch; deterministic mode fills torch.empty with NaN, so reading unwritten memory shows."""

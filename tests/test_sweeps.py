@@ -256,7 +256,8 @@ LAUNCHERS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "options"), LAUNCHERS)
-def test_parallel_trials_share_phase_one_and_the_processors(tmp_path, launcher, options):
+def test_parallel_trials_share_phase_one_and_the_processors(tmp_path, monkeypatch, launcher, options):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     command = ["-m", f"hydra/launcher={launcher}", *options, "interval=3,5", "pretrain.lr=1e-3,2e-3", *SMALL]
     done = door(tmp_path, *command)
     assert done.returncode == 0, done.stderr + done.stdout

@@ -69,7 +69,7 @@ results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it
 	$(BEST) seed=42,1,2 $(OUT)/best
 	$(BEST) seed=42,1,2 model=recurrence,sliding_window,transformer $(OUT)/best-rivals
 	$(BEST) seed=42,1,2 model=sliding_window model.window_tokens=104 recipe.pointer_window=310 $(OUT)/equal-bytes
-	$(BEST) model=sliding_window model.window_tokens=40 recipe.pointer_window=500 $(OUT)/equal-bytes
+	$(BEST) seed=42,1,2 model=sliding_window model.window_tokens=40 recipe.pointer_window=500 $(OUT)/equal-bytes
 	$(BEST) seed=42,1,2 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/without-pointer
 	$(BEST) seed=42,1,2 recipe.ngram=false $(OUT)/without-ngram
 	$(BEST) recipe.pointer_heads=0 recipe.pointer_values=false recipe.ngram=false $(OUT)/without-both
@@ -86,7 +86,7 @@ results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it
 	$(BEST) train.batch_tokens=8880 $(OUT)/without-small-batch
 	$(BEST) train.schedule=constant train.warmup_steps=0 $(OUT)/without-schedule
 	$(BEST) samples=500 seed=42,1,2 $(OUT)/best-500
-	$(BEST) samples=500 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/without-pointer-500
+	$(BEST) samples=500 seed=42,1,2 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/without-pointer-500
 	$(BIN)/python -m benchmarks.findings outputs/results
 
 CHATS_FROM := data=jsonl 'data.files=[$(CHATS)]' tokenizer=gpt2 samples=300 data.validation=[900,950] data.test=[950,1000]

@@ -86,9 +86,9 @@ def kind(run: Run) -> str:
         return str(config["model"]["name"])
     if isinstance(config["interval"], list):
         return HEADS
-    if config["train"]["max_epochs"] > EPOCHS:
-        return PATIENT
-    return GRID if config["selection"] == "grid" else OURS
+    if config["selection"] == "grid":
+        return GRID
+    return PATIENT if config["train"]["max_epochs"] > EPOCHS else OURS
 
 
 class Row:
@@ -244,7 +244,8 @@ def machines(runs: Sequence[Run]) -> str:
     on_gpu = [run["machine"]["processor"] for run in runs if run["machine"]["device"].startswith("cuda")]
     if not on_gpu:
         return "on a CPU"
-    return f"{len(runs) - len(on_gpu)} of the {len(runs)} runs on a CPU, {len(on_gpu)} on an {' or '.join(set(on_gpu))}"
+    gpus = " or ".join(sorted(set(on_gpu)))
+    return f"{len(runs) - len(on_gpu)} of the {len(runs)} runs on a CPU, {len(on_gpu)} on an {gpus}"
 
 
 def sentences(runs: Sequence[Run], rows: Sequence[Row], more: Sequence[Row] = ()) -> list[str]:
@@ -308,8 +309,7 @@ def _sweep(found: dict[tuple[int, int], Run]) -> str:
     words = [f"`interval={interval} max_contexts={contexts}`" for interval, contexts in (best, worst)]
     return (
         f"Over interval and max_contexts, validation PPL is best at {words[0]} ({ppl[best]:.1f}), worst at {words[1]} "
-        f"({ppl[worst]:.1f}; one seed): {ppl[worst] / ppl[best] - 1:.1%} apart, so reach and number of the contexts "
-        "that are read matter little."
+        f"({ppl[worst]:.1f}; one seed): {ppl[worst] / ppl[best] - 1:.1%} apart."
     )
 
 

@@ -16,7 +16,7 @@ WARM_UP = 96
 BLOCK = 1 << 18
 """Tokens solved at a time: bounds the working memory at about 0.6 KB × C per token of a block."""
 
-GPU_SEGMENT, GPU_BLOCK = 128, 1 << 20
+GPU_SEGMENT, GPU_BLOCK = 128, 1 << 19
 """Shorter and more segments side by side are fewer steps, of more work in all: a GPU has room for that."""
 
 

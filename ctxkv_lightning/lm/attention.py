@@ -118,7 +118,7 @@ def _dense_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Te
 def uses_plain_products(query: Tensor) -> bool:
     """Whether two matrix products beat the fused kernel: on a CPU in bf16 twice, in fp32 the other way round.
 
-    On a GPU in bf16 too (the whole step is 12 % faster), unless compiled: torch 2.11 cannot compile them for it.
+    On a GPU they do in bf16 too, unless compiled: the compiler of torch 2.11 fails on them.
     """
     if query.device.type == "cuda" and torch.compiler.is_compiling():
         return False

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from ctxkv_lightning.lm.normalise import normalise
 
 CHUNK = 2048
-"""Rows of logits held at a time, at most; fewer would make the products bound by reading the table."""
+"""Rows of logits held at a time; fewer would make the products bound by reading the table."""
 
 GPU_CHUNK = 4608
-"""The same on a GPU, where each chunk costs launches: two for the published step."""
+"""The same on a GPU, at most: each chunk costs launches there, and two, equally long, do for the published step."""
 
 WIDTH = {"cuda": 64}
 """By device: the table gets rows of zeros up to a multiple of this, where matrix units are slow on other widths."""
@@ -86,9 +86,10 @@ def _compute_type(hidden: Tensor) -> torch.dtype:
 
 
 def chunks(hidden: Tensor) -> list[slice]:
-    """The rows of hidden states in as few parts as may be, all about as long."""
-    rows, longest = len(hidden), GPU_CHUNK if hidden.device.type == "cuda" else CHUNK
-    size = -(-rows // max(1, -(-rows // longest)))
+    """The rows of hidden states (N, D) in parts; none where there are none."""
+    rows, size = len(hidden), CHUNK
+    if hidden.device.type == "cuda":
+        size = -(-rows // max(1, -(-rows // GPU_CHUNK))) or 1
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 

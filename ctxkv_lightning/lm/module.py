@@ -66,6 +66,7 @@ class ContextKVLMModule(L.LightningModule):
             window_tokens, recipe,
         )  # fmt: skip
         self.starts_fresh = True
+        self._ppl_of = -1  # the epoch for which Lightning has `train/ppl`
         self.train_ppl, self.val_ppl, self.test_ppl = Perplexity(), Perplexity(), Perplexity()
         self.train_ppl.persistent(True)  # an epoch that is interrupted is summed up over all its steps
         # What is averaged is 0 or 1; looking for a NaN would make the host wait for a GPU.
@@ -75,6 +76,7 @@ class ContextKVLMModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Takes the frozen parts from the data module, and what training starts from unless there are weights."""
         if stage == "fit":
+            self._ppl_of = -1
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             self.model.load_frozen(data.table, data.encoders())
             if self.model.recipe.ngram:
@@ -90,7 +92,8 @@ class ContextKVLMModule(L.LightningModule):
         loss, said = total / tokens, nll.sum() / tokens
         self._refuse_broken_updates(loss.detach(), batch_index)
         self.train_ppl.update(nll)
-        if self.trainer.is_last_batch or self.global_step + 1 == self.trainer.max_steps:
+        if self._ppl_of != self.current_epoch:  # once: Lightning keeps the metric and sums it up when the epoch ends
+            self._ppl_of = self.current_epoch
             self.log("train/ppl", self.train_ppl, on_step=False, on_epoch=True, logger=False)
         if self._tells():
             self.log("train/loss", said, on_step=True, on_epoch=False, sync_dist=True)
@@ -100,7 +103,7 @@ class ContextKVLMModule(L.LightningModule):
     def _tells(self) -> bool:
         """Whether this step is logged: to hand Lightning a value costs the host as much as a good part of the step."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return self.trainer.accumulate_grad_batches > 1 or (self.global_step + 1) % every == 0
+        return self.trainer.accumulate_grad_batches > 1 or (every > 0 and (self.global_step + 1) % every == 0)
 
     def validation_step(self, batch: Windows, batch_index: int) -> None:
         nll, hits = self._score(batch)

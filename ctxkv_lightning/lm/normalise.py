@@ -4,13 +4,19 @@ A chunk of logits is the largest tensor of a training step. Made of torch's own 
 take a GPU as long as the head's matrix products; the kernel reads a row of logits once and writes it once.
 """
 
+import logging
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
 try:
     from ctxkv_lightning.lm.kernel import normalise_rows
-except ImportError:  # Triton comes with torch where torch has a GPU that it runs on
+except ImportError:  # Triton comes with most builds of torch for a GPU
     normalise_rows = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
 
 CPU_BLOCK = 1 << 18
 """Logits normalised at a time on a CPU: what stays in its cache between the passes over them."""
@@ -21,9 +27,20 @@ def normalise(logits: Tensor, targets: Tensor, V: int, gradient: bool) -> Tensor
 
     With `gradient`, the logits become their own gradients, softmax - onehot, and 0 from V on.
     """
-    if normalise_rows is not None and logits.device.type == "cuda":
+    if normalise_rows is not None and logits.device.type == "cuda" and works(normalise_rows):
         return normalise_rows(logits, targets, V, gradient)
     return normalise_plainly(logits, targets, V, gradient)
+
+
+@cache
+def works(rows: Callable[..., Tensor], device: str = "cuda") -> bool:
+    """Whether the kernel can be built and run here, found out once: Triton needs a C compiler, and a GPU it knows."""
+    try:
+        rows(torch.zeros(1, 8, device=device), torch.zeros(1, dtype=torch.long, device=device), 8, True)
+    except Exception as error:  # whatever the compiler and the driver raise
+        log.warning(f"the head's GPU kernel cannot be built here, torch's slower softmax is used ({error})")
+        return False
+    return True
 
 
 def normalise_plainly(logits: Tensor, targets: Tensor, V: int, gradient: bool) -> Tensor:

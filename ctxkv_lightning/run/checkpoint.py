@@ -106,9 +106,10 @@ class _HashingWriter(io.BufferedWriter):
 
     def write(self, data: Any) -> int:
         hashed = self._hasher.submit(self.digest.update, data)
-        written = super().write(data)
-        hashed.result()
-        return written
+        try:
+            return super().write(data)
+        finally:
+            hashed.result()
 
     def close(self) -> None:
         self._hasher.shutdown()

@@ -36,9 +36,9 @@ class Interrupted(BaseException):
 class Safeguard(Checkpoint):
     """Saves `checkpoint` every `every_seconds`, and on SIGTERM, SIGUSR1 or Ctrl-C, after which it raises `Interrupted`.
 
-    It acts between two steps, and saves at the end of each epoch too, unless saving takes long and the epoch has been
-    saved as the best one, or was over sooner than a checkpoint is worth; or only between two epochs, where an epoch is
-    not to be broken. A second Ctrl-C quits at once. All processes of a run stop at the same place, whichever was told.
+    It acts between two steps, and saves at the end of the last epoch and of each other, but for those that are over
+    sooner than a checkpoint is worth; or only between two epochs, where an epoch is not to be broken. A second Ctrl-C
+    quits at once. All processes of a run stop at the same place, whichever was told.
     """
 
     def __init__(
@@ -50,7 +50,6 @@ class Safeguard(Checkpoint):
         self.checkpoint, self.between, self.every_seconds = Path(checkpoint), between, every_seconds
         self._received: int | None = None
         self._saved = self._took = 0.0
-        self._step = -1  # at which any checkpoint was saved
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,14 +62,10 @@ class Safeguard(Checkpoint):
             self._act(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ends = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
-        elapsed, dear = time.monotonic() - self._saved, self._took - FREE_SECONDS
-        saved_as_best = self._step == trainer.global_step
-        worth = dear <= 0 or (not saved_as_best and (ends or elapsed >= WORTH * dear))
+        ends = trainer.should_stop or trainer.max_epochs == trainer.current_epoch + 1
+        ends = ends or trainer.max_steps == trainer.global_step
+        worth = ends or time.monotonic() - self._saved >= WORTH * (self._took - FREE_SECONDS)
         self._act(trainer, due=self.between == "steps" and self._agreed(trainer, worth))
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._step = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._give_back()

@@ -35,8 +35,8 @@ def resolve_precision(asked: str, accelerator: str) -> str:
 def compile_pays(asked: str, accelerator: str, steps: int) -> bool:
     """Whether to compile the model for a run of so many steps; `auto` decides, `on` and `off` are obeyed.
 
-    On a CPU the compiled step is no faster than the eager one (benchmarks/compile.py). On an H200
-    compiling took a quarter of a minute and saved half a millisecond of a step: `COMPILE_PAYS` steps earn it back.
+    On a CPU the compiled step is no faster than the eager one (benchmarks/compile.py). On a GPU
+    compiling takes seconds and saves part of a millisecond of a step: `COMPILE_PAYS` steps earn it back.
     """
     return asked == "on" or (asked == "auto" and uses_gpu(accelerator) and steps >= COMPILE_PAYS)
 

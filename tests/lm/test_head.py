@@ -15,7 +15,7 @@ def draw(N, V, D, seed=0):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    N=st.integers(1, 40),
+    N=st.integers(0, 40),
     V=st.integers(1, 50),
     D=st.integers(1, 9),
     chunk=st.integers(1, 15),
@@ -72,6 +72,21 @@ def test_the_table_gets_no_gradient():
     table.requires_grad_()
     head.frozen_cross_entropy(hidden.requires_grad_(), table, targets).sum().backward()
     assert table.grad is None
+
+
+def test_a_kernel_that_cannot_be_built_is_found_out_once_and_done_without(caplog):
+    asked = []
+
+    def broken(*_):
+        asked.append(1)
+        raise RuntimeError("Failed to find C compiler")
+
+    with caplog.at_level("WARNING"):
+        assert not normalise.works(broken, "cpu")
+        assert not normalise.works(broken, "cpu")
+    assert asked == [1]
+    assert "Failed to find C compiler" in caplog.text
+    assert normalise.works(normalise.normalise_plainly, "cpu")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel needs a GPU")

@@ -61,6 +61,38 @@ def test_training_learns_freezes_and_logs(stores, tmp_path):  # noqa: F811
     assert torch.equal(module.model.encoder.linear.weight, data.encoders()[0].linear.weight)
 
 
+class StopAt(L.Callback):
+    """Ends training after a step of an epoch that has more of them."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.current_epoch == 1 and batch_idx == 0
+
+
+def test_an_epoch_that_is_stopped_half_way_has_a_train_ppl_too(stores, tmp_path):  # noqa: F811
+    data = opened(stores, tmp_path, history=9, batch_tokens=5)
+    module = ContextKVLMModule(**SIZES)
+    run = trainer(tmp_path, max_epochs=4, callbacks=[StopAt()])
+    run.fit(module, datamodule=data)
+    assert run.global_step == len(data.train_dataloader()) + 1
+    assert float(run.callback_metrics["train/ppl"]) > 1
+    again = trainer(tmp_path, max_epochs=1)
+    again.fit(module, datamodule=data)
+    assert "train/ppl" in again.callback_metrics
+
+
+@pytest.mark.parametrize("recipe", [None, {"projection": True, "pointer_heads": 1, "pointer_window": 5, "apart": True}])
+def test_a_rank_without_windows_takes_its_step_all_the_same(stores, tmp_path, recipe):  # noqa: F811
+    data = opened(stores, tmp_path, history=9, batch_tokens=20)
+    module, loader = ContextKVLMModule(**SIZES, recipe=recipe), data._windows("train")
+    batch = loader.batch(torch.tensor([], dtype=torch.long), 20, torch.tensor([0]))
+    hidden, asked = module._hidden(batch)
+    total, nll = module.model.loss(hidden, asked)
+    total.backward()
+    assert (float(total.detach()), len(nll)) == (0, 0)
+    assert float(module.model.attention.query.weight.grad.abs().max()) == 0
+    assert [len(found) for found in module.model.score(hidden, asked)] == [0, 0]
+
+
 def test_validation_is_the_stream_scored_once_with_full_logits(stores, tmp_path):  # noqa: F811
     data = opened(stores, tmp_path, history=9, batch_tokens=5)
     module = ContextKVLMModule(**SIZES)

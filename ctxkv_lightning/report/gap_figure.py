@@ -9,7 +9,7 @@ from ctxkv_lightning.report.drawing import GREY, INK, PAPER, plain, single
 from ctxkv_lightning.report.looks import Drawn, look
 from ctxkv_lightning.report.runs import Run
 
-MOST_RUNS = 40
+MOST_RUNS = 25
 """Rows of the figure."""
 
 WIDEST = 58

@@ -110,6 +110,12 @@ def test_published_runs_that_had_the_epochs_they_wanted_are_what_is_compared_wit
     assert "0.150 × the published one's" in said
 
 
+def test_a_bound_that_is_missed_by_less_than_is_shown_is_said_to_be():
+    assert recipe.verdict(0.97, 0.97) == "at most 0.97 was asked for"
+    assert recipe.verdict(0.9702, 0.97) == "at most 0.97 was asked for, and is missed (0.9702)"
+    assert recipe.verdict(0.98, 0.97) == "at most 0.97 was asked for, and is missed"
+
+
 def test_times_are_compared_on_one_kind_of_machine(runs):
     plain = published(runs[0])
     plain[100][0]["machine"]["device"] = runs[0]["machine"]["device"]

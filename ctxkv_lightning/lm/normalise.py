@@ -1,7 +1,7 @@
-"""From logits to losses, and to the gradients in their place: one pass of one kernel on a GPU, softmax elsewhere.
+"""From logits to losses, and to the gradients in their place: one kernel on a GPU, softmax elsewhere.
 
-A chunk of logits is the largest tensor of a training step. Made of torch's own operations, the passes over it would
-take a GPU as long as the head's matrix products; the kernel reads a row of logits once and writes it once.
+A chunk of logits is the largest tensor of a training step, and torch's own operations pass over it, and over copies
+in fp32, again and again. The kernel reads each row from memory once and writes it once.
 """
 
 import logging

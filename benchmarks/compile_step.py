@@ -43,7 +43,7 @@ class CompiledDecoder(Decoder):
     @torch.no_grad()  # the compiler cannot alter the tensors of inference mode
     def step(self, tokens: Tensor) -> Tensor:
         """As `Decoder.step`."""
-        _, ring = self.rings["contexts"]
+        ring = self.rings["contexts"]
         past = ring.past(self.state["contexts"], self.position, ring.interval)
         logits, context = self._compiled(tokens, self.state["context"], past)
         self.state["context"].copy_(context)

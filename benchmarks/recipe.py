@@ -9,7 +9,7 @@ from dataclasses import asdict
 from functools import cache
 from typing import Any
 
-from ctxkv_lightning.config import flat
+from ctxkv_lightning.config import Config, flat
 from ctxkv_lightning.door import check_command_line
 
 Run = dict[str, Any]
@@ -64,12 +64,12 @@ Published = Mapping[int, Sequence[Run]]
 
 def groups(runs: Sequence[Run]) -> dict[Key, list[Run]]:
     """The runs of the recipe, by what they change in it: sorted (key, value) pairs, none for the recipe itself."""
-    base = settings()
+    base, plain = settings(), flat(asdict(Config()))
     found: dict[Key, list[Run]] = {}
     for run in runs:
         if not has_recipe(run) or run["config"]["data"]["source"] != base["data.source"]:
             continue
-        own = flat(run["config"])
+        own = {**plain, **flat(run["config"])}  # a key that came later was as it comes
         changed = tuple(
             sorted((key, str(own.get(key))) for key in base if key not in APART and own.get(key) != base[key])
         )

@@ -165,7 +165,7 @@ def reach(config: Config) -> tuple[int, int]:
             on_grid, history = config.selection == "grid", (config.max_contexts - 1) * max(config.intervals)
             return max(voices, history), math.lcm(*config.intervals) if on_grid else 1
         case "sliding_window":
-            return max(voices, config.window_tokens - 1), 1
+            return max(voices, config.model.layers * (config.window_tokens - 1)), 1
         case "transformer":
             return max(voices, WINDOW), 1
         case _:
@@ -191,6 +191,7 @@ def build_module(config: Config, vocab_size: int) -> ContextKVLMModule:
         recipe=recipe_of(config),
         schedule=config.train.schedule,  # type: ignore[arg-type]
         warmup_steps=config.train.warmup_steps,
+        layers=config.model.layers,
     )
 
 

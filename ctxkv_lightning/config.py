@@ -88,7 +88,7 @@ class Config:
     @property
     def window_tokens(self) -> int:
         """k of `sliding_window`: as asked for, or the tokens whose keys and values fit into `kept_contexts`."""
-        fitting = self.kept_contexts * self.context_dim // (2 * self.embedding.dim)
+        fitting = self.kept_contexts * self.context_dim // (2 * self.embedding.dim * self.model.layers)
         return self.model.window_tokens or max(1, fitting)
 
     @property

@@ -28,7 +28,10 @@ def describe_window(model: TiedLM, train_tokens: int) -> dict[str, Any]:
             "span_tokens": (attention.max_contexts - 1) * max(intervals) + 1,
             "theoretical_max": train_tokens // min(intervals) + 1,
         }
-    span = model.attention.window if isinstance(model, TransformerLM) else 1
+    span: int | None = 1
+    if isinstance(model, TransformerLM):
+        window = model.attention.window
+        span = None if window is None else len(model.layers) * (window - 1) + 1
     return {"interval": None, "max_contexts": None, "selection": None, "span_tokens": span, "theoretical_max": None}
 
 
@@ -54,7 +57,7 @@ def describe_contexts(contexts: list[Store], data: ContextDataModule) -> dict[st
 
 @torch.no_grad()
 def describe_attention(module: ContextKVLMModule, data: ContextDataModule) -> dict[str, Any] | None:
-    """Mean weight and distance of each slot (H lists of M) over the first validation windows; None without slots."""
+    """Mean weight and distance of each slot (layers · H lists of M), over the first validation windows, if any."""
     model = module.model.cpu()
     if not isinstance(model, ContextKVLM):
         return None
@@ -62,8 +65,9 @@ def describe_attention(module: ContextKVLMModule, data: ContextDataModule) -> di
     first = None if windows.first is None else windows.first.cpu()
     embeddings = model.embed(windows.tokens[:, -windows.embeddings.shape[1] :].cpu())
     return {
-        "slot_weights": attention.slot_weights(embeddings, windows.memory.cpu(), first).tolist(),
-        "distances": slot_distances(attention.intervals, attention.max_contexts, attention.selection).tolist(),
+        "slot_weights": model.slot_weights(embeddings, windows.memory.cpu(), first).tolist(),
+        "distances": slot_distances(attention.intervals, attention.max_contexts, attention.selection).tolist()
+        * len(model.layers),
     }
 
 

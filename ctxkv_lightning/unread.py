@@ -4,7 +4,7 @@ _WINDOW = ("interval", "max_contexts", "selection")
 _PHASE_ONE = ("context_dim", "pretrain", "contexts")
 _BY_MODEL = {
     "context_kv": ("model.window_tokens",),
-    "cascade": (*_WINDOW, "heads", "model.window_tokens", "model.ffn_dim", "model.dropout", "recipe"),
+    "cascade": (*_WINDOW, "heads", "model.window_tokens", "model.ffn_dim", "model.dropout", "model.layers", "recipe"),
     "transformer": (*_WINDOW, "model.window_tokens", "recipe.read_current"),
     "sliding_window": (*_WINDOW, "recipe.read_current"),
     "recurrence": (*_WINDOW, "heads", "model.window_tokens", "recipe.read_current"),

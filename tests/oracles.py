@@ -70,8 +70,23 @@ def slot_weights(query: Tensor, key: Tensor, intervals, max_contexts: int, selec
     return total / (B * T)
 
 
-def token_attention(layer, embeddings: Tensor, window: int | None) -> Tensor:
-    """One attention layer of a transformer over a text (T, D), token by token, rotary angles as complex numbers."""
+def transformer_layers(model, embeddings: Tensor, window: int | None) -> Tensor:
+    """Final states (T, D) of a transformer over a whole text (T, D), layer after layer."""
+    hidden, pre = embeddings, model.recipe.norm == "pre"
+    for number, layer in enumerate((model, *model.deeper)):
+        normalised = layer.attention.norm(hidden) if pre else hidden
+        found = token_attention(layer.attention, normalised if number else hidden, window, normalised, hidden)
+        changed = layer.ffn.down(F.gelu(layer.ffn.up(layer.ffn.norm(found) if pre else found)))
+        hidden = found + (changed if pre else layer.ffn.norm(changed))
+    return hidden
+
+
+def token_attention(layer, embeddings: Tensor, window: int | None, asking=None, onto=None) -> Tensor:
+    """One attention layer of a transformer over a text (T, D), token by token, rotary angles as complex numbers.
+
+    `asking` (T, D) is what queries are made of, `onto` (T, D) what is added to, where they are not the text itself.
+    """
+    asking, onto = (embeddings if x is None else x for x in (asking, onto))
     T, D = embeddings.shape
     H, d = layer.heads, D // layer.heads
 
@@ -84,12 +99,13 @@ def token_attention(layer, embeddings: Tensor, window: int | None) -> Tensor:
     rows = []
     for t in range(T):
         seen = range(max(0, t - window + 1) if window else 0, t + 1)
-        query = turned(layer.query(embeddings[t]).view(H, d), t)
+        query = turned(layer.query(asking[t]).view(H, d), t)
         key = torch.stack([turned(layer.key(embeddings[j]).view(H, d), j) for j in seen])
         value = torch.stack([layer.value(embeddings[j]).view(H, d) for j in seen])
         weights = (torch.einsum("hd,jhd->hj", query, key) / math.sqrt(d)).softmax(dim=-1)
         mixed = torch.einsum("hj,jhd->hd", weights, value).flatten()
-        rows.append(layer.norm(embeddings[t] + layer.output(mixed)))
+        both = onto[t] + layer.output(mixed)
+        rows.append(both if layer.residual == "pre" else layer.norm(both))
     return torch.stack(rows)
 
 
@@ -127,18 +143,20 @@ def step_by_step_nll(model, tokens: Tensor) -> Tensor:
     """Losses (N-1,) of a stream, one token at a time: each context from the one before, attention over a plain list."""
     context = torch.zeros(model.encoder.context_dim)
     contexts, losses = [], []
-    attention, ffn = model.attention, model.ffn
     for now, following in itertools.pairwise(tokens):
         embedding = F.layer_norm(model.embedding.weight[now], (len(model.embedding.weight[now]),))
         context = model.encoder(context, embedding)
         contexts.append(context)
-        seen = torch.stack(contexts[::-1][:: attention.intervals[0]][: attention.max_contexts])
-        query = attention.query(embedding).view(attention.heads, -1)
-        key, value = (layer(seen).view(len(seen), attention.heads, -1) for layer in (attention.key, attention.value))
-        weights = (torch.einsum("hd,mhd->hm", query, key) / math.sqrt(query.shape[1])).softmax(dim=-1)
-        mixed = torch.einsum("hm,mhd->hd", weights, value).flatten()
-        hidden = attention.norm(embedding + attention.output(mixed))
-        hidden = hidden + ffn.norm(ffn.down(F.gelu(ffn.up(hidden))))
+        hidden = embedding
+        for layer in (model, *model.deeper):
+            attention, ffn = layer.attention, layer.ffn
+            seen = torch.stack(contexts[::-1][:: attention.intervals[0]][: attention.max_contexts])
+            query = attention.query(hidden).view(attention.heads, -1)
+            key, value = (part(seen).view(len(seen), attention.heads, -1) for part in (attention.key, attention.value))
+            weights = (torch.einsum("hd,mhd->hm", query, key) / math.sqrt(query.shape[1])).softmax(dim=-1)
+            mixed = torch.einsum("hm,mhd->hd", weights, value).flatten()
+            hidden = attention.norm(hidden + attention.output(mixed))
+            hidden = hidden + ffn.norm(ffn.down(F.gelu(ffn.up(hidden))))
         losses.append(F.cross_entropy(model.embedding.weight @ hidden, following))
     return torch.stack(losses)
 

@@ -153,7 +153,7 @@ def check_attention(metrics, model, run):
     module.setup("validate")
     windows = next(iter(module.val_dataloader()))
     own = windows.tokens[:, -windows.embeddings.shape[1] :]
-    expected = model.attention.slot_weights(model.embed(own), windows.memory, windows.first)
+    expected = model.slot_weights(model.embed(own), windows.memory, windows.first)
     torch.testing.assert_close(torch.tensor(metrics["attention"]["slot_weights"]), expected, atol=1e-4, rtol=0)
 
 
@@ -165,9 +165,10 @@ def test_weights_of_another_recipe_are_no_start(tmp_path):
             pipeline.run_experiment(replace(config, recipe=recipe, init_from=str(run)), tmp_path / recipe.norm)
 
 
-def test_a_checkpoint_from_before_there_were_recipes_still_opens(tmp_path):
+def test_a_checkpoint_from_before_there_were_recipes_and_layers_still_opens(tmp_path):
     checkpoint = read(small_run(tmp_path) / "checkpoints" / "best.ckpt")
-    del checkpoint["hyper_parameters"]["recipe"]
+    for name in ("recipe", "layers"):
+        del checkpoint["hyper_parameters"][name]
     assert isinstance(_model_of(checkpoint, tmp_path), ContextKVLM)
 
 

@@ -15,15 +15,18 @@ from torch.nn import functional as F
 from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.context.solve import solve_onwards
 from ctxkv_lightning.lm.attention import head_groups, in_order, of_heads
-from ctxkv_lightning.lm.model import ContextKVLM, TiedLM
+from ctxkv_lightning.lm.model import ContextAttention, ContextKVLM, TiedLM
 from ctxkv_lightning.lm.pointer import NEVER, CachePointer, Pointed
 from ctxkv_lightning.lm.rings import Ring
-from ctxkv_lightning.lm.rivals import TransformerLM, rotated
+from ctxkv_lightning.lm.rivals import TransformerLM, causal_attention, rotated
 
 Keep = Literal["contexts", "kv"]
 
 CHUNK = 1 << 16
 """Tokens of a prompt whose contexts are solved at a time: bounds what reading takes, however long the prompt."""
+
+DEEP_ROWS = 1 << 11
+"""Tokens of a prompt that go through a layer of full attention at a time."""
 
 ROWS_AT_A_TIME = 1 << 14
 """Tokens of a prompt whose keys and values are computed at a time."""
@@ -56,9 +59,10 @@ class Decoder:
         self.device = torch.device(device) if device is not None else model.embedding.weight.device
         self.keep: Keep = keep if isinstance(model, ContextKVLM) else "kv"
         self.state: dict[str, Tensor] = {}
-        self.rings: dict[str, tuple[list[int], Ring]] = {}  # by name in the state: the heads that read it, the ring
-        self.groups: list[tuple[list[int], int, str]] = []  # heads, their interval, the name of their ring
+        self.rings: dict[str, Ring] = {}  # by name in the state
+        self.groups: list[tuple[list[int], int, str]] = []  # heads, their interval, the name of the first layer's ring
         self._encoders = model.encoders()
+        self._layers = model.layers if isinstance(model, ContextKVLM | TransformerLM) else ()
         if self._encoders:
             self.state["context"] = self._zeros(sum(encoder.context_dim for encoder in self._encoders))
         self.grows = isinstance(model, TransformerLM) and model.attention.window is None
@@ -70,12 +74,10 @@ class Decoder:
         embedding = self.model.embed(tokens)
         if self._encoders:
             self.state["context"].copy_(self._advance(self.model.encoder_input(tokens)))
-        own = self._own_rows(embedding)
-        logits = self._logits(self._hidden(embedding, own), tokens)
-        for name, (heads, ring) in self.rings.items():  # last, for the oldest row is read before it is overwritten
-            if ring.keeps(self.position):
-                row = of_heads(own, heads)[:, :, 0] if self._holds_pairs(name) else self.state["context"]
-                self.state[name][..., ring.row(self.position), :] = row
+        logits = self._logits(self._hidden(embedding), tokens)
+        for name, ring in self.rings.items():  # last, for the oldest row is read before it is overwritten
+            if ring.keeps(self.position) and not self._holds_pairs(name):
+                self.state[name][:, ring.row(self.position)] = self.state["context"]
         self.position += 1
         return logits
 
@@ -98,7 +100,7 @@ class Decoder:
     def kept(self) -> dict[str, Tensor]:
         """The tensors that the state consists of now, by name; what is reserved but not yet filled is left out."""
         if self.grows:
-            return {**self.state, "kv": self.state["kv"][:, :, : self.position]}
+            return {**self.state, **{name: self.state[name][:, :, : self.position] for name in self._growing}}
         return dict(self.state)
 
     def bytes(self) -> int:
@@ -114,8 +116,9 @@ class Decoder:
 
     def _make_state(self) -> None:
         if self.grows:
-            self.state["kv"] = self._zeros(self._attention.heads, 0, 2 * self._attention.head_dim)
-        elif isinstance(self.model, ContextKVLM | TransformerLM):
+            for name in self._growing:
+                self.state[name] = self._zeros(self._attention.heads, 0, 2 * self._attention.head_dim)
+        elif self._layers:
             self._make_rings()
         if self.model.recipe.pointer_heads:
             self._make_pointer(self.model.recipe.pointer_window)
@@ -131,50 +134,52 @@ class Decoder:
             if name in self.rings:
                 continue
             ring = Ring(max(groups) if shared else interval, attention.max_contexts, attention.selection)
-            self.rings[name] = heads, ring
-            if self.keep == "contexts":
-                self.state[name] = self._zeros(ring.length, self.state["context"].shape[1])
-            else:
-                self.state[name] = self._zeros(len(heads), ring.length, 2 * attention.head_dim)
+            if self.keep == "contexts":  # one ring for all layers
+                self.rings[name], self.state[name] = ring, self._zeros(ring.length, self.state["context"].shape[1])
+                continue
+            for layer in range(len(self._layers)):
+                deep = of_layer(name, layer)
+                self.rings[deep] = ring
+                self.state[deep] = self._zeros(len(heads), ring.length, 2 * attention.head_dim)
 
     def _make_pointer(self, window: int) -> None:
         """The pointer's ring, which is the attention's where that one holds the very same contexts."""
         self._pointer_ring = "contexts"
-        same = "contexts" in self.rings and self.rings["contexts"][1].selection == "strided"
-        if not same or self.rings["contexts"][1].length != window:
+        same = "contexts" in self.rings and self.rings["contexts"].selection == "strided"
+        if not same or self.rings["contexts"].length != window:
             self._pointer_ring = "pointer"
-            self.rings["pointer"] = [], Ring(1, window + 1, "strided")
+            self.rings["pointer"] = Ring(1, window + 1, "strided")
             self.state["pointer"] = self._zeros(window, self.state["context"].shape[1])
         self.state["followers"] = self._zeros(window).int()
 
     def _holds_pairs(self, name: str) -> bool:
-        """Whether a ring is one of keys and values; the others are of contexts."""
+        """Whether a ring is one of keys and values, which its layer notes; the others are of contexts."""
         return self.keep == "kv" and name != "pointer"
 
     def _advance(self, embedding: Tensor) -> Tensor:
         before = self.state["context"].split([encoder.context_dim for encoder in self._encoders], dim=1)
         return torch.cat([encoder(c, embedding) for encoder, c in zip(self._encoders, before, strict=True)], dim=1)
 
-    def _own_rows(self, embedding: Tensor) -> Tensor:
-        """The current keys and values (B, H, 1, 2d), where those are kept; else nothing to speak of."""
-        if self.keep == "contexts" or not isinstance(self.model, ContextKVLM | TransformerLM):
-            return embedding
-        now = embedding if self.model.reads_tokens else self.state["context"]
-        return self._key_value(now[:, None], self.position)
-
-    def _hidden(self, embedding: Tensor, own: Tensor) -> Tensor:
-        """Hidden states (B, D) of the tokens with these embeddings (B, D) and, where they are kept, pairs."""
-        model = self.model
-        if not isinstance(model, ContextKVLM | TransformerLM):
+    def _hidden(self, embedding: Tensor) -> Tensor:
+        """Final hidden states (B, D) of the tokens with these embeddings (B, D); pairs that are kept are noted."""
+        model, hidden = self.model, embedding
+        if not self._layers:
             return model(embedding[:, None], self.state["context"][:, None])[:, 0]
-        if self.grows:
-            mixed = self._attend_to_all(embedding, own)
-        elif self.keep == "contexts":
-            mixed = self._attend_to_contexts(embedding)
-        else:
-            mixed = self._attend_to_pairs(embedding, own)
         now = None if model.reads_tokens else self.state["context"][:, None]
-        return model.ffn(model.attention.combine(embedding[:, None], mixed, now))[:, 0]
+        for number, layer in enumerate(self._layers):
+            if self.keep == "contexts":
+                mixed = self._attend_to_contexts(layer.attention, hidden)
+            elif self.grows:
+                mixed = self._attend_to_all(number, hidden)
+            else:
+                mixed = self._attend_to_pairs(number, hidden)
+            hidden = layer.ffn(layer.attention.combine(hidden[:, None], mixed, now))[:, 0]
+        return hidden
+
+    def _own_rows(self, number: int, hidden: Tensor) -> Tensor:
+        """The current keys and values (B, H, 1, 2d) of the layer of this number, of which `hidden` (B, D) is read."""
+        now = hidden[:, None] if self.model.reads_tokens else self.state["context"][:, None]
+        return self._key_value(number, now, self.position)
 
     def _logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """(B, V) from the final states (B, D) at tokens (B,)."""
@@ -210,53 +215,61 @@ class Decoder:
         filled = exists.sum(dim=-1).transpose(1, 2) / window
         return pointed._replace(trust=filled.log().clamp_min(NEVER))
 
-    def _attend_to_contexts(self, embedding: Tensor) -> Tensor:
+    def _attend_to_contexts(self, attention: ContextAttention, hidden: Tensor) -> Tensor:
         """The heads' outputs (B, H, 1, d) over the rings of contexts.
 
         Nothing is projected once per context: q · (W_k c) = (W_kᵀ q) · c, and the mean of W_v c is W_v of the mean. The
         keys' bias adds the same to every slot, which the softmax ignores; the values' own is added once.
         """
-        attention, now = self._attention, self.state["context"]
+        now = self.state["context"]
         keys, values = (part.weight.unflatten(0, (attention.heads, -1)) for part in (attention.key, attention.value))
-        query = attention.ask(embedding).unflatten(1, (attention.heads, -1))
+        query = attention.ask(hidden).unflatten(1, (attention.heads, -1))
         asked = torch.einsum("bhd,hdc->bhc", query, keys) * attention.head_dim**-0.5
         means = []
         for heads, interval, name in self.groups:
-            past = self.rings[name][1].past(self.state[name], self.position, interval)
+            past = self.rings[name].past(self.state[name], self.position, interval)
             seen = torch.cat([now[:, None], past], dim=1)
             scores = of_heads(asked, heads) @ seen.transpose(1, 2)
             means.append(scores.softmax(dim=-1) @ seen)
         mixed = torch.einsum("bhc,hdc->bhd", self._together(means), values)
         return (mixed + attention.value.bias.unflatten(0, (attention.heads, -1)))[:, :, None]
 
-    def _attend_to_pairs(self, embedding: Tensor, own: Tensor) -> Tensor:
-        """The heads' outputs (B, H, 1, d) over the rings of keys and values, and the current ones."""
-        query, mixed = self._query(embedding), []
-        for heads, interval, name in self.groups:
-            past = self.rings[name][1].past(self.state[name], self.position, interval)
-            key, value = torch.cat([of_heads(own, heads), past], dim=2).chunk(2, dim=-1)
+    def _attend_to_pairs(self, number: int, hidden: Tensor) -> Tensor:
+        """The heads' outputs (B, H, 1, d) over a layer's rings of keys and values, and the current ones, now noted."""
+        query, own, mixed = self._query(number, hidden), self._own_rows(number, hidden), []
+        for heads, interval, first in self.groups:
+            name = of_layer(first, number)
+            ring, rows, current = self.rings[name], self.state[name], of_heads(own, heads)
+            past = ring.past(rows, self.position, interval)
+            key, value = torch.cat([current, past], dim=2).chunk(2, dim=-1)
             mixed.append(F.scaled_dot_product_attention(of_heads(query, heads), key, value))
+            if ring.keeps(self.position):
+                rows[:, :, ring.row(self.position)] = current[:, :, 0]
         return self._together(mixed)
 
-    def _attend_to_all(self, embedding: Tensor, own: Tensor) -> Tensor:
-        """The heads' outputs (B, H, 1, d) over all keys and values, the current ones among them."""
+    def _attend_to_all(self, number: int, hidden: Tensor) -> Tensor:
+        """The heads' outputs (B, H, 1, d) over all keys and values of a layer, the current ones, now noted, too."""
         self._reserve(self.position + 1)
-        self.state["kv"][:, :, self.position] = own[:, :, 0]
-        key, value = self.state["kv"][:, :, : self.position + 1].chunk(2, dim=-1)
-        return F.scaled_dot_product_attention(self._query(embedding), key, value)
+        pairs = self.state[of_layer("kv", number)]
+        pairs[:, :, self.position] = self._own_rows(number, hidden)[:, :, 0]
+        key, value = pairs[:, :, : self.position + 1].chunk(2, dim=-1)
+        return F.scaled_dot_product_attention(self._query(number, hidden), key, value)
 
     def _together(self, parts: list[Tensor]) -> Tensor:
         """(B, H, ...) of the groups' parts, each head where it belongs."""
         return parts[0] if len(parts) == 1 else in_order(parts, [heads for heads, _, _ in self.groups])
 
-    def _query(self, embedding: Tensor) -> Tensor:
+    def _query(self, number: int, hidden: Tensor) -> Tensor:
         """(B, H, 1, d) from (B, D)."""
-        query = self._attention.split(self._attention.ask(embedding)[:, None])
-        return self._turned(query, self.position)
+        attention = self._layers[number].attention
+        return self._turned(attention.split(attention.ask(hidden)[:, None]), self.position)
 
-    def _key_value(self, rows: Tensor, start: int) -> Tensor:
-        """Keys and values (B, H, n, 2d), side by side, of contexts or embeddings (B, n, ·) at `start` and after it."""
-        attention = self._attention
+    def _key_value(self, number: int, rows: Tensor, start: int) -> Tensor:
+        """Keys and values (B, H, n, 2d), side by side, of what a layer reads, (B, n, ·), at `start` and after it."""
+        layer = self._layers[number]
+        attention = layer.attention
+        if isinstance(self.model, TransformerLM):
+            rows = self.model.attended(layer, rows)
         key, value = attention.split(attention.key(rows)), attention.split(attention.value(rows))
         return torch.cat([self._turned(key, start), value], dim=-1)
 
@@ -268,10 +281,16 @@ class Decoder:
 
     def _reserve(self, tokens: int) -> None:
         """Makes room for so many tokens in a state that grows, twice as many as before at least."""
-        kv = self.state["kv"]
-        if tokens > kv.shape[2]:
-            more = kv.new_zeros(*kv.shape[:2], max(tokens, 2 * kv.shape[2]) - kv.shape[2], kv.shape[3])
-            self.state["kv"] = torch.cat([kv, more], dim=2)
+        for name in self._growing:
+            kv = self.state[name]
+            if tokens > kv.shape[2]:
+                more = kv.new_zeros(*kv.shape[:2], max(tokens, 2 * kv.shape[2]) - kv.shape[2], kv.shape[3])
+                self.state[name] = torch.cat([kv, more], dim=2)
+
+    @property
+    def _growing(self) -> list[str]:
+        """The names of what grows: each layer's keys and values."""
+        return [of_layer("kv", number) for number in range(len(self._layers))]
 
     def _fill(self, tokens: Tensor) -> None:
         """The state after these tokens (B, n), as if they had been read one by one."""
@@ -281,11 +300,9 @@ class Decoder:
         if self.grows:
             self._reserve(n)
             for start in range(0, n, ROWS_AT_A_TIME):
-                rows = slice(start, min(n, start + ROWS_AT_A_TIME))
-                self.state["kv"][:, :, rows] = self._key_value(self.model.embed(tokens[:, rows]), start)
+                self._fill_all(self.model.embed(tokens[:, start : start + ROWS_AT_A_TIME]), start)
         elif self.model.reads_tokens:
-            first = max(0, n - max(ring.length for _, ring in self.rings.values()))
-            self._fill_rings(self.model.embed(tokens[:, first:]), first, of_tokens=True)
+            self._fill_windows(tokens)
         if "followers" in self.state:
             self._fill_followers(tokens)
         if "before" in self.state:
@@ -294,26 +311,63 @@ class Decoder:
     def _fill_contexts(self, tokens: Tensor) -> None:
         """The current contexts after these tokens (B, n), and what is kept of those before."""
         n = tokens.shape[1]
-        oldest = [ring.kept(n)[0] for _, ring in self.rings.values() if ring.length]
+        rings = [ring for name, ring in self.rings.items() if not (self.model.reads_tokens and self._holds_pairs(name))]
+        oldest = [ring.kept(n)[0] for ring in rings if ring.length]
         first = min(oldest, default=n - 1)
         texts, row_of = tokens.unique(dim=0, return_inverse=True)  # a prompt that is asked several times is solved once
         contexts = torch.stack([self._solved(text, first) for text in texts])[row_of]
         self.state["context"].copy_(contexts[:, -1])
-        self._fill_rings(contexts, first, of_tokens=False)
-
-    def _fill_rings(self, rows: Tensor, first: int, of_tokens: bool) -> None:
-        """Writes what is kept of contexts or embeddings (B, n, ·), of `first` and the positions after it."""
-        for name, (heads, ring) in self.rings.items():
-            positions = ring.kept(first + rows.shape[1]) if ring.length else []
-            reads_tokens = self.model.reads_tokens and name != "pointer"
-            if not positions or of_tokens != reads_tokens:
-                continue
-            to = torch.tensor([ring.row(position) for position in positions], device=self.device)
-            read = rows[:, torch.tensor(positions, device=self.device) - first]
-            if self._holds_pairs(name):  # rotary positions are those of a window over tokens, which lie side by side
-                self.state[name][:, :, to] = of_heads(self._key_value(read, positions[0]), heads)
-            else:
+        for name in self.rings:
+            if not self._holds_pairs(name):
+                to, read, _ = self._kept_of(name, contexts, first)
                 self.state[name][:, to] = read
+        if not self.model.reads_tokens and self.keep == "kv":
+            for number in range(len(self._layers)):
+                self._fill_pairs(number, contexts, first)
+
+    def _fill_windows(self, tokens: Tensor) -> None:
+        """A sliding window's rings after tokens (B, n): each layer's needs one window more of what is before it."""
+        assert isinstance(self.model, TransformerLM)
+        model, length = self.model, self.rings[self.keep].length
+        first = max(0, tokens.shape[1] - len(self._layers) * length)
+        hidden = model.embed(tokens[:, first:])
+        for number, layer in enumerate(self._layers):
+            self._fill_pairs(number, hidden, first)
+            if number < len(self._layers) - 1:
+                hidden = layer.ffn(layer.attention(hidden, model.attended(layer, hidden)))
+
+    def _fill_all(self, hidden: Tensor, start: int) -> None:
+        """Notes all layers' keys and values of the tokens at `start` and after it, with embeddings (B, n, D)."""
+        stop = start + hidden.shape[1]
+        for number, layer in enumerate(self._layers):
+            pairs = self.state[of_layer("kv", number)]
+            pairs[:, :, start:stop] = self._key_value(number, hidden, start)
+            if number == len(self._layers) - 1:
+                return
+            parts: list[Tensor] = []
+            for rows in hidden.split(DEEP_ROWS, dim=1):
+                begin = start + sum(part.shape[1] for part in parts)
+                query = self._turned(layer.attention.split(layer.attention.ask(rows)), begin)
+                key, value = pairs[:, :, : begin + rows.shape[1]].chunk(2, dim=-1)
+                parts.append(layer.ffn(layer.attention.combine(rows, causal_attention(query, key, value, None))))
+            hidden = torch.cat(parts, dim=1)
+
+    def _fill_pairs(self, number: int, rows: Tensor, first: int) -> None:
+        """Writes a layer's keys and values of what it keeps of (B, n, ·), of `first` and the positions after it."""
+        for heads, _, name in self.groups:
+            deep = of_layer(name, number)
+            to, read, oldest = self._kept_of(deep, rows, first)
+            if len(to):  # rotary positions are those of a window over tokens, which lie side by side
+                self.state[deep][:, :, to] = of_heads(self._key_value(number, read, oldest), heads)
+
+    def _kept_of(self, name: str, rows: Tensor, first: int) -> tuple[Tensor, Tensor, int]:
+        """Which rows of a ring to write, with which of (B, n, ·), `first` and after it, and the oldest position."""
+        ring = self.rings[name]
+        positions = ring.kept(first + rows.shape[1]) if ring.length else []
+        to, of = (torch.tensor(each, device=self.device, dtype=torch.long) for each in (
+            [ring.row(position) for position in positions], [position - first for position in positions]
+        ))  # fmt: skip
+        return to, rows[:, of], positions[0] if positions else first
 
     def _fill_followers(self, tokens: Tensor) -> None:
         """Notes what followed each of the last positions, of tokens (B, n); the last one's comes with the next step."""
@@ -333,6 +387,11 @@ class Decoder:
             contexts = encoder.initial(stop - start)
             _, state = solve_onwards(encoder, self.model.encoder_input(ids), index, contexts, state, TOLERANCE)
         return contexts[first - cuts[-1] :]
+
+
+def of_layer(name: str, number: int) -> str:
+    """What the state calls that tensor of a layer which is called `name` in the first."""
+    return name if number == 0 else f"{name}_layer{number + 1}"
 
 
 def kept_tensors(model: TiedLM, tokens: int, keep: Keep = "contexts") -> dict[str, Tensor]:

@@ -48,8 +48,14 @@ class TiedLM(PretrainedModule):
         self.embedding_dropout = nn.Dropout(self.recipe.embedding_dropout)
         self.context_dropout = nn.Dropout(self.recipe.context_dropout)
         self.trained_embedding = nn.Embedding(vocab_size, embedding_dim) if self.recipe.train_embedding else None
+        self.deeper = nn.ModuleList()
         plain = self.recipe.plain_head
         self.output = None if plain else Output(vocab_size, embedding_dim, context_dim, self.recipe)
+
+    @property
+    def layers(self) -> tuple[Any, ...]:
+        """The first layer, whose parts are the model's own, and the deeper ones, which have parts of the same names."""
+        return (self, *self.deeper)
 
     def encoders(self) -> list[ContextEncoder]:
         """The frozen encoders, in the order in which their contexts stand side by side in the memory."""
@@ -239,8 +245,19 @@ class FeedForward(nn.Module):
         return hidden + self.norm(self.down(F.gelu(self.up(hidden))))
 
 
+class Layer(nn.Module):
+    """A layer after the first: attention, then the feed-forward layer."""
+
+    def __init__(self, attention: ContextAttention, ffn: FeedForward) -> None:
+        super().__init__()
+        self.attention, self.ffn = attention, ffn
+
+
 class ContextKVLM(TiedLM):
-    """The published model, with a choice of which contexts its heads read, and of a recipe."""
+    """The published model, with a choice of which contexts its heads read, of a recipe and of how many layers.
+
+    All layers read the same contexts, so that what a decoder keeps of them does not depend on how many there are.
+    """
 
     def __init__(
         self,
@@ -254,17 +271,33 @@ class ContextKVLM(TiedLM):
         dropout: float = 0.1,
         selection: Selection = "strided",
         recipe: dict[str, Any] | None = None,
+        layers: int = 1,
     ) -> None:
         super().__init__(vocab_size, embedding_dim, context_dim, recipe)
-        norm = self.recipe.norm
+        norm, reads, D, C = self.recipe.norm, self.recipe.read_current, embedding_dim, context_dim
+
+        def parts() -> tuple[ContextAttention, FeedForward]:
+            attention = ContextAttention(D, C, heads, interval, max_contexts, dropout, selection, norm, reads)
+            return attention, FeedForward(D, ffn_dim, norm, dropout if norm == "pre" else 0.0)
+
         self.encoder = ContextEncoder(context_dim, embedding_dim).requires_grad_(False)
-        reads, D, C = self.recipe.read_current, embedding_dim, context_dim
-        self.attention = ContextAttention(D, C, heads, interval, max_contexts, dropout, selection, norm, reads)
-        self.ffn = FeedForward(embedding_dim, ffn_dim, norm, dropout if norm == "pre" else 0.0)
+        self.attention, self.ffn = parts()
+        self.deeper.extend(Layer(*parts()) for _ in range(layers - 1))
 
     def forward(self, embeddings: Tensor, contexts: Tensor, first: Tensor | None = None) -> Tensor:
         """Final hidden states (B, T, D) from embeddings (B, T, D) and contexts (B, S+T, C).
 
         With `selection="grid"`, the first embedding stands at a multiple of every interval.
         """
-        return self.ffn(self.attention(embeddings, contexts, first))
+        hidden = embeddings
+        for layer in self.layers:
+            hidden = layer.ffn(layer.attention(hidden, contexts, first))
+        return hidden
+
+    def slot_weights(self, embeddings: Tensor, contexts: Tensor, first: Tensor | None = None) -> Tensor:
+        """As `ContextAttention.slot_weights`, of all layers' heads (layers · H, M), those of the first layer first."""
+        hidden, found = embeddings, []
+        for layer in self.layers:
+            found.append(layer.attention.slot_weights(hidden, contexts, first))
+            hidden = layer.ffn(layer.attention(hidden, contexts, first))
+        return torch.cat(found)

@@ -58,12 +58,13 @@ class ContextKVLMModule(L.LightningModule):
         recipe: dict[str, Any] | None = None,
         schedule: Schedule = "constant",
         warmup_steps: int = 0,
+        layers: int = 1,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.model = build_model(
             model, vocab_size, embedding_dim, context_dim, heads, interval, max_contexts, ffn_dim, dropout, selection,
-            window_tokens, recipe,
+            window_tokens, recipe, layers,
         )  # fmt: skip
         self.starts_fresh = True
         self._ppl_of = -1  # the epoch for which Lightning has `train/ppl`

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.lm.attention import Selection, strided_attention
-from ctxkv_lightning.lm.model import ContextAttention, ContextKVLM, FeedForward, TiedLM
+from ctxkv_lightning.lm.model import ContextAttention, ContextKVLM, FeedForward, Layer, TiedLM
 from ctxkv_lightning.lm.recipe import Norm
 
 ModelName = Literal["context_kv", "cascade", "transformer", "sliding_window", "recurrence"]
@@ -54,18 +54,24 @@ def rotated(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor | None) -> Tensor:
-    """Attention (B, H, T, d) of query i, at key S+i, over all keys up to its own, from `first[b]` on."""
+    """Attention (B, H, T, d) of query i, at key S+i, over all keys up to its own, from `first[b]` on.
+
+    Queries before that, which are history to a deeper layer, read themselves: of nothing there is no mean.
+    """
     T, keys = query.shape[2], key.shape[2]
-    mask = torch.ones(T, keys, dtype=torch.bool, device=query.device).tril(keys - T)
+    past = torch.ones(T, keys, dtype=torch.bool, device=query.device)
+    mask = past.tril(keys - T)
     if first is not None:
-        mask = mask & (torch.arange(keys, device=query.device) >= first.view(-1, 1, 1, 1))
+        exists = torch.arange(keys, device=query.device) >= first.view(-1, 1, 1, 1)
+        mask = mask & (exists | past.triu(keys - T))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 class TransformerLM(TiedLM):
-    """One layer of a transformer: causal attention over all tokens, or over the last `window` of them.
+    """A transformer, of one layer as it comes: causal attention over all tokens, or over the last `window` of them.
 
-    The contexts, of `context_dim` numbers, are those of a recipe's pointer; without one there is no encoder.
+    Deeper layers attend to what the layer before them made of the history. The contexts, of `context_dim` numbers, are
+    those of a recipe's pointer; without one there is no encoder.
     """
 
     reads_tokens = True
@@ -80,21 +86,50 @@ class TransformerLM(TiedLM):
         window: int | None = None,
         context_dim: int = 256,
         recipe: dict[str, Any] | None = None,
+        layers: int = 1,
     ) -> None:
         super().__init__(vocab_size, embedding_dim, context_dim, recipe)
         norm = self.recipe.norm
+
+        def parts() -> tuple[TokenAttention, FeedForward]:
+            attention = TokenAttention(embedding_dim, heads, window, dropout, norm)
+            return attention, FeedForward(embedding_dim, ffn_dim, norm, dropout if norm == "pre" else 0.0)
+
         if self.recipe.pointer_heads:
             self.encoder = ContextEncoder(context_dim, embedding_dim).requires_grad_(False)
-        self.attention = TokenAttention(embedding_dim, heads, window, dropout, norm)
-        self.ffn = FeedForward(embedding_dim, ffn_dim, norm, dropout if norm == "pre" else 0.0)
+        self.attention, self.ffn = parts()
+        self.deeper.extend(Layer(*parts()) for _ in range(layers - 1))
 
     def forward(self, embeddings: Tensor, memory: Tensor, first: Tensor | None = None) -> Tensor:
-        """Final hidden states (B, T, D); the memory (B, S+T, D) holds the embeddings of history and of now."""
-        return self.ffn(self.attention(embeddings, memory, first))
+        """Final hidden states (B, T, D); the memory (B, S+T, D) holds the embeddings of history and of now.
+
+        Each layer before the last is one more window of history that has to be there.
+        """
+        hidden = memory
+        for layer in self.layers[:-1]:
+            hidden = layer.ffn(layer.attention(hidden, self.attended(layer, hidden), first))
+        last = self.layers[-1]
+        now = hidden[:, -embeddings.shape[1] :] if self.deeper else embeddings
+        return last.ffn(last.attention(now, self.attended(last, hidden), first))
+
+    def attended(self, layer: Any, hidden: Tensor) -> Tensor:
+        """What the keys and values of a layer are made of, given what it reads: embeddings are normalised already."""
+        return hidden if layer is self or self.recipe.norm == "post" else layer.attention.norm(hidden)
+
+
+class Reading(nn.Module):
+    """A layer of `RecurrenceLM` after the first."""
+
+    def __init__(self, read: nn.Linear, dropout: nn.Dropout, norm: nn.Module, ffn: FeedForward) -> None:
+        super().__init__()
+        self.read, self.dropout, self.norm, self.ffn = read, dropout, norm, ffn
 
 
 class RecurrenceLM(TiedLM):
-    """The current context alone: h = LayerNorm(e + dropout(W c)), then the feed-forward layer; no norm if pre-norm."""
+    """The current context alone: h = LayerNorm(e + dropout(W c)), then the feed-forward layer; no norm if pre-norm.
+
+    Deeper layers do the same, each with a W of its own.
+    """
 
     def __init__(
         self,
@@ -104,19 +139,27 @@ class RecurrenceLM(TiedLM):
         ffn_dim: int,
         dropout: float,
         recipe: dict[str, Any] | None = None,
+        layers: int = 1,
     ) -> None:
         super().__init__(vocab_size, embedding_dim, context_dim, recipe)
         norm = self.recipe.norm
+
+        def parts() -> tuple[nn.Linear, nn.Dropout, nn.Module, FeedForward]:
+            read, dropped = nn.Linear(context_dim, embedding_dim), nn.Dropout(dropout)
+            normalised = nn.LayerNorm(embedding_dim) if norm == "post" else nn.Identity()
+            ffn = FeedForward(embedding_dim, ffn_dim, norm, dropout if norm == "pre" else 0.0)
+            return read, dropped, normalised, ffn
+
         self.encoder = ContextEncoder(context_dim, embedding_dim).requires_grad_(False)
-        self.read = nn.Linear(context_dim, embedding_dim)
-        self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(embedding_dim) if norm == "post" else nn.Identity()
-        self.ffn = FeedForward(embedding_dim, ffn_dim, norm, dropout if norm == "pre" else 0.0)
+        self.read, self.dropout, self.norm, self.ffn = parts()
+        self.deeper.extend(Reading(*parts()) for _ in range(layers - 1))
 
     def forward(self, embeddings: Tensor, contexts: Tensor, first: Tensor | None = None) -> Tensor:
         """Final hidden states (B, T, D) from embeddings (B, T, D) and the last T of the contexts (B, S+T, C)."""
-        now = contexts[:, contexts.shape[1] - embeddings.shape[1] :]
-        return self.ffn(self.norm(embeddings + self.dropout(self.read(now))))
+        hidden, now = embeddings, contexts[:, contexts.shape[1] - embeddings.shape[1] :]
+        for layer in self.layers:
+            hidden = layer.ffn(layer.norm(hidden + layer.dropout(layer.read(now))))
+        return hidden
 
 
 class CascadeLM(TiedLM):
@@ -147,20 +190,21 @@ def build_model(
     selection: Selection,
     window_tokens: int,
     recipe: dict[str, Any] | None = None,
+    layers: int = 1,
 ) -> TiedLM:
     """The model of this name; each takes what it reads. Raises ValueError for a name that is none of `ModelName`."""
     V, D, C = vocab_size, embedding_dim, context_dim
     match name:
         case "context_kv":
-            return ContextKVLM(V, D, C, heads, interval, max_contexts, ffn_dim, dropout, selection, recipe)
+            return ContextKVLM(V, D, C, heads, interval, max_contexts, ffn_dim, dropout, selection, recipe, layers)
         case "cascade":
             if recipe:
                 raise ValueError("the cascade takes no recipe")
             return CascadeLM(V, D, C)
         case "recurrence":
-            return RecurrenceLM(V, D, C, ffn_dim, dropout, recipe)
+            return RecurrenceLM(V, D, C, ffn_dim, dropout, recipe, layers)
         case "transformer":
-            return TransformerLM(V, D, heads, ffn_dim, dropout, None, C, recipe)
+            return TransformerLM(V, D, heads, ffn_dim, dropout, None, C, recipe, layers)
         case "sliding_window":
-            return TransformerLM(V, D, heads, ffn_dim, dropout, window_tokens, C, recipe)
+            return TransformerLM(V, D, heads, ffn_dim, dropout, window_tokens, C, recipe, layers)
     raise ValueError(f"there is no model '{name}'")

@@ -53,7 +53,8 @@ def _reach(model: TiedLM, N: int) -> tuple[int, int]:
     """Positions before a block that its first one reads, and what blocks begin at a multiple of."""
     voices = model.recipe.history
     if isinstance(model, TransformerLM):
-        return (N if model.attention.window is None else max(voices, model.attention.window - 1)), 1
+        window = model.attention.window
+        return (N if window is None else max(voices, len(model.layers) * (window - 1))), 1
     if not isinstance(model, ContextKVLM):
         return voices, 1
     intervals = model.attention.intervals

@@ -25,6 +25,15 @@ MODELS = {
     "recurrence": lambda: RecurrenceLM(V, D, C, 48, 0.1),
     "cascade": lambda: CascadeLM(V, D, C),
     "recipe": lambda: ContextKVLM(V, D, C, H, [1, 3, 3, 8], 4, 48, 0.1, recipe=RECIPE),
+    "layers": lambda: ContextKVLM(V, D, C, H, 5, 4, 48, 0.1, layers=3),
+    "layers_grid_intervals": lambda: ContextKVLM(V, D, C, H, [1, 3, 3, 8], 4, 48, 0.1, "grid", layers=2),
+    "deep_transformer": lambda: TransformerLM(V, D, H, 48, 0.1, layers=3),
+    "deep_sliding_window": lambda: TransformerLM(V, D, H, 48, 0.1, 7, layers=3),
+    "deep_recurrence": lambda: RecurrenceLM(V, D, C, 48, 0.1, layers=3),
+    "recipe_layers": lambda: ContextKVLM(V, D, C, H, [1, 3, 3, 8], 4, 48, 0.1, recipe=RECIPE, layers=3),
+    "recipe_deep_transformer": lambda: TransformerLM(V, D, H, 48, 0.1, None, C, RECIPE, layers=2),
+    "recipe_deep_sliding_window": lambda: TransformerLM(V, D, H, 48, 0.1, 7, C, RECIPE, layers=3),
+    "recipe_deep_recurrence": lambda: RecurrenceLM(V, D, C, 48, 0.1, RECIPE, layers=2),
     "recipe_own_ring": lambda: ContextKVLM(
         V, D, C, H, 5, 4, 48, 0.1, recipe={**RECIPE, "pointer_window": 9, "pointer_values": False}
     ),
@@ -52,7 +61,7 @@ def made(name, seed=0):
     torch.manual_seed(seed)
     model = MODELS[name]().eval().requires_grad_(False)
     if model.output is not None:  # it starts with zeros, which would hide mistakes
-        for parameter in [*model.output.parameters(), *model.ffn.parameters()]:
+        for parameter in [*model.output.parameters(), *model.ffn.parameters(), *model.deeper.parameters()]:
             parameter.add_(0.1 * torch.randn_like(parameter))
         if model.output.ngram is not None:
             model.output.ngram.fill(TRIGRAM)

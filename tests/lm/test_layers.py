@@ -1,0 +1,107 @@
+"""Layers after the first, against their formulas: all over the same contexts, or over what the one before them made."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctxkv_lightning.lm.generate import state_bytes
+from ctxkv_lightning.lm.model import ContextKVLM
+from ctxkv_lightning.lm.rivals import RecurrenceLM, TransformerLM, build_model
+from tests import oracles
+
+V, D, C, H = 30, 24, 8, 2
+NORMS = st.sampled_from(["post", "pre"])
+
+
+def shaken(model):
+    """Layers that start as the identity would hide mistakes."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    T=st.integers(1, 12),
+    S=st.integers(0, 25),
+    window=st.none() | st.integers(1, 9),
+    layers=st.integers(1, 3),
+    missing=st.integers(0, 25),
+    norm=NORMS,
+    seed=st.integers(0, 99),
+)
+def test_deeper_attention_over_tokens_equals_the_loop(T, S, window, layers, missing, norm, seed):
+    """A text that begins inside the history is as if that were cut off, and no gradient is lost to what is before."""
+    torch.manual_seed(seed)
+    model = shaken(TransformerLM(V, D, H, 32, 0.1, window, recipe={"norm": norm}, layers=layers))
+    text, missing = torch.randn(S + T, D), min(missing, S)
+    fast = model(text[None, S:], text[None], torch.tensor([missing]))[0]
+    slow = oracles.transformer_layers(model, text[missing:], window)[S - missing :]
+    torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-4)
+    fast.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_window_of_history_for_each_layer_is_enough(layers):
+    model = shaken(TransformerLM(V, D, H, 32, 0.1, 5, layers=layers))
+    text, S = torch.randn(1, 60, D), layers * (5 - 1)
+    whole = model(text, text)[:, -10:]
+    torch.testing.assert_close(model(text[:, -10:], text[:, -10 - S :]), whole, atol=1e-5, rtol=0)
+    less = model(text[:, -10:], text[:, -9 - S :])
+    assert not torch.allclose(less, whole, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=25)
+@given(N=st.integers(2, 30), interval=st.integers(1, 9), layers=st.integers(1, 3), seed=st.integers(0, 99))
+def test_all_layers_read_the_same_contexts(N, interval, layers, seed):
+    torch.manual_seed(seed)
+    model = shaken(ContextKVLM(V, D, C, H, interval, 4, 16, layers=layers))
+    tokens = torch.randint(0, V, (N,))
+    embeddings = model.embed(tokens)
+    contexts = oracles.contexts_step_by_step(model.encoder, embeddings)
+    hidden = model(embeddings[None], contexts[None])[0]
+    fast = oracles.full_logit_loss(hidden[:-1], model.table, tokens[1:])
+    torch.testing.assert_close(fast, oracles.step_by_step_nll(model, tokens), atol=1e-4, rtol=1e-4)
+
+
+def test_deeper_layers_of_the_recurrence_read_the_current_context_again():
+    model = shaken(RecurrenceLM(V, D, C, 16, 0.1, layers=3))
+    hidden, contexts = torch.randn(2, 5, D), torch.randn(2, 8, C)
+    found = model(hidden, contexts)
+    for layer in model.layers:
+        hidden = layer.ffn(layer.norm(hidden + layer.read(contexts[:, 3:])))
+    torch.testing.assert_close(found, hidden)
+    assert len({id(layer.read) for layer in model.layers}) == 3
+
+
+def test_layers_cost_no_bytes_over_contexts_and_each_its_own_over_tokens():
+    for tokens in (1, 1_000):
+        assert len({state_bytes(ContextKVLM(V, D, C, H, 5, 4, 16, layers=n), tokens) for n in (1, 4)}) == 1
+        one, four = (state_bytes(TransformerLM(V, D, H, 16, 0.1, layers=n), tokens) for n in (1, 4))
+        assert four == 4 * one
+    one, four = (state_bytes(TransformerLM(V, D, H, 16, 0.1, 7, layers=n), 99) for n in (1, 4))
+    assert four == 4 * one
+
+
+@pytest.mark.parametrize("name", ["context_kv", "transformer", "sliding_window", "recurrence"])
+def test_the_first_layer_is_the_one_of_a_model_that_has_no_more(name):
+    """So that its parts are called what they are called in checkpoints of one layer."""
+    one, two = (
+        build_model(name, V, D, C, H, 3, 4, 16, 0.1, "strided", 5, None, layers).state_dict() for layers in (1, 2)
+    )
+    assert set(one) < set(two)
+    assert {key.split(".")[0] for key in set(two) - set(one)} == {"deeper"}
+
+
+def test_slot_weights_are_those_of_every_layers_heads():
+    model = shaken(ContextKVLM(V, D, C, H, 3, 4, 16, layers=2))
+    embeddings, contexts = torch.randn(1, 20, D), torch.randn(1, 20, C)
+    weights = model.slot_weights(embeddings, contexts)
+    assert weights.shape == (2 * H, 4)
+    (second,) = model.deeper
+    hidden = model.ffn(model.attention(embeddings, contexts))
+    torch.testing.assert_close(weights[H:], second.attention.slot_weights(hidden, contexts))

@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.context.solve import solve_onwards
 from ctxkv_lightning.lm.attention import head_groups, in_order, of_heads
+from ctxkv_lightning.lm.graph import StepGraph
 from ctxkv_lightning.lm.model import ContextAttention, ContextKVLM, TiedLM
+from ctxkv_lightning.lm.output import Counted
 from ctxkv_lightning.lm.pointer import NEVER, CachePointer, Pointed
 from ctxkv_lightning.lm.rings import Ring
 from ctxkv_lightning.lm.rivals import TransformerLM, causal_attention, rotated
@@ -24,6 +26,9 @@ Keep = Literal["contexts", "kv"]
 
 CHUNK = 1 << 16
 """Tokens of a prompt whose contexts are solved at a time: bounds what reading takes, however long the prompt."""
+
+GRAPHED = ("cuda",)
+"""Devices on which steps are recorded, once they are `steady`, and replayed."""
 
 DEEP_ROWS = 1 << 11
 """Tokens of a prompt that go through a layer of full attention at a time."""
@@ -59,6 +64,8 @@ class Decoder:
         self.device = torch.device(device) if device is not None else model.embedding.weight.device
         self.keep: Keep = keep if isinstance(model, ContextKVLM) else "kv"
         self.state: dict[str, Tensor] = {}
+        self._at: int | Tensor = 0  # the position, as a step reads it
+        self._graph: StepGraph | None = None
         self.rings: dict[str, Ring] = {}  # by name in the state
         self.groups: list[tuple[list[int], int, str]] = []  # heads, their interval, the name of the first layer's ring
         self._encoders = model.encoders()
@@ -71,15 +78,49 @@ class Decoder:
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) of what follows after tokens (B,), which are read now; with a recipe's output, log p itself."""
+        inputs = (tokens, *self._counted(tokens))
+        if self._graph is None and self.device.type in GRAPHED and self.steady:
+            self._at = torch.tensor(self.position, device=self.device)
+            self._graph = StepGraph(self._step, inputs)
+        if self._graph is not None:
+            self.position += 1
+            return self._graph(*inputs)
+        return self._eager(inputs)
+
+    def _eager(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        self._at = self.position
+        self.position += 1
+        return self._step(*inputs)
+
+    @property
+    def steady(self) -> bool:
+        """Whether each step from now on does what the last one did, at other places."""
+        rings = self.rings.values()
+        if self.grows or any(ring.selection == "grid" for ring in rings):
+            return False
+        return self.position >= max((ring.length for ring in rings), default=0)
+
+    def _step(self, tokens: Tensor, *counted: Tensor) -> Tensor:
+        """A step at `_at`; where that is a tensor, nothing is looked at on the host, and it is moved on."""
         embedding = self.model.embed(tokens)
         if self._encoders:
             self.state["context"].copy_(self._advance(self.model.encoder_input(tokens)))
-        logits = self._logits(self._hidden(embedding), tokens)
+        logits = self._logits(self._hidden(embedding), tokens, Counted(*counted) if counted else None)
         for name, ring in self.rings.items():  # last, for the oldest row is read before it is overwritten
-            if ring.keeps(self.position) and not self._holds_pairs(name):
-                self.state[name][:, ring.row(self.position)] = self.state["context"]
-        self.position += 1
+            if not self._holds_pairs(name) and ring.keeps(self._at):
+                ring.put(self.state[name], self._at, self.state["context"])
+        if isinstance(self._at, Tensor):
+            self._at += 1
         return logits
+
+    def _counted(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """What counts say of what follows tokens (B,), which are noted: a `Counted`, or nothing."""
+        if "before" not in self.state:
+            return ()
+        assert self.model.output is not None
+        counted = self.model.output.count(self.state["before"][:, None].long(), tokens[:, None])
+        self.state["before"].copy_(tokens)
+        return () if counted is None else counted
 
     @torch.inference_mode()
     def read(self, tokens: Tensor) -> Tensor:
@@ -93,7 +134,7 @@ class Decoder:
         if N > 1:
             self._fill(tokens[:, :-1])
             self.position = N - 1
-        logits = self.step(tokens[:, -1])
+        logits = self._eager((tokens[:, -1], *self._counted(tokens[:, -1])))
         self._own_words = self.writing
         return logits
 
@@ -179,20 +220,17 @@ class Decoder:
     def _own_rows(self, number: int, hidden: Tensor) -> Tensor:
         """The current keys and values (B, H, 1, 2d) of the layer of this number, of which `hidden` (B, D) is read."""
         now = hidden[:, None] if self.model.reads_tokens else self.state["context"][:, None]
-        return self._key_value(number, now, self.position)
+        return self._key_value(number, now, self._at)
 
-    def _logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def _logits(self, hidden: Tensor, tokens: Tensor, counted: Counted | None) -> Tensor:
         """(B, V) from the final states (B, D) at tokens (B,)."""
         output = self.model.output
         if output is None:
             return self.model.logits(hidden)
-        state, pointed, counted = output.norm(hidden[:, None]), None, None
+        state, pointed = output.norm(hidden[:, None]), None
         if output.pointer is not None:
             pointed = self._pointed(output.pointer, state, tokens)
             state = pointed.state
-        if output.ngram is not None:
-            counted = output.count(self.state["before"][:, None].long(), tokens[:, None])
-            self.state["before"].copy_(tokens)
         return output.mixed(state, self.model.table, pointed, counted)[:, 0]
 
     def _pointed(self, pointer: CachePointer, state: Tensor, tokens: Tensor) -> Pointed:
@@ -200,9 +238,10 @@ class Decoder:
 
         Own words are noted as -1, which is not pointed at.
         """
-        rows, position = self.state[self._pointer_ring], self.position
-        window = rows.shape[1]
-        self.state["followers"][:, (position - 1) % window] = -1 if self._own_words else tokens
+        rows, position = self.state[self._pointer_ring], self._at
+        window, noted = rows.shape[1], torch.full_like(tokens, -1) if self._own_words else tokens
+        before = torch.as_tensor((position - 1) % window, device=rows.device)
+        self.state["followers"].index_copy_(1, before[None], noted[:, None].int())
         asked = pointer.ask(state[:, 0], self.state["context"])
         back = (position - 1 - torch.arange(window, device=rows.device)).remainder(window) + 1
         followers = self.state["followers"].long()
@@ -227,7 +266,7 @@ class Decoder:
         asked = torch.einsum("bhd,hdc->bhc", query, keys) * attention.head_dim**-0.5
         means = []
         for heads, interval, name in self.groups:
-            past = self.rings[name].past(self.state[name], self.position, interval)
+            past = self.rings[name].past(self.state[name], self._at, interval)
             seen = torch.cat([now[:, None], past], dim=1)
             scores = of_heads(asked, heads) @ seen.transpose(1, 2)
             means.append(scores.softmax(dim=-1) @ seen)
@@ -240,19 +279,20 @@ class Decoder:
         for heads, interval, first in self.groups:
             name = of_layer(first, number)
             ring, rows, current = self.rings[name], self.state[name], of_heads(own, heads)
-            past = ring.past(rows, self.position, interval)
+            past = ring.past(rows, self._at, interval)
             key, value = torch.cat([current, past], dim=2).chunk(2, dim=-1)
             mixed.append(F.scaled_dot_product_attention(of_heads(query, heads), key, value))
-            if ring.keeps(self.position):
-                rows[:, :, ring.row(self.position)] = current[:, :, 0]
+            if ring.keeps(self._at):
+                ring.put(rows, self._at, current[:, :, 0])
         return self._together(mixed)
 
     def _attend_to_all(self, number: int, hidden: Tensor) -> Tensor:
         """The heads' outputs (B, H, 1, d) over all keys and values of a layer, the current ones, now noted, too."""
-        self._reserve(self.position + 1)
+        assert isinstance(self._at, int)
+        self._reserve(self._at + 1)
         pairs = self.state[of_layer("kv", number)]
-        pairs[:, :, self.position] = self._own_rows(number, hidden)[:, :, 0]
-        key, value = pairs[:, :, : self.position + 1].chunk(2, dim=-1)
+        pairs[:, :, self._at] = self._own_rows(number, hidden)[:, :, 0]
+        key, value = pairs[:, :, : self._at + 1].chunk(2, dim=-1)
         return F.scaled_dot_product_attention(self._query(number, hidden), key, value)
 
     def _together(self, parts: list[Tensor]) -> Tensor:
@@ -262,9 +302,9 @@ class Decoder:
     def _query(self, number: int, hidden: Tensor) -> Tensor:
         """(B, H, 1, d) from (B, D)."""
         attention = self._layers[number].attention
-        return self._turned(attention.split(attention.ask(hidden)[:, None]), self.position)
+        return self._turned(attention.split(attention.ask(hidden)[:, None]), self._at)
 
-    def _key_value(self, number: int, rows: Tensor, start: int) -> Tensor:
+    def _key_value(self, number: int, rows: Tensor, start: int | Tensor) -> Tensor:
         """Keys and values (B, H, n, 2d), side by side, of what a layer reads, (B, n, ·), at `start` and after it."""
         layer = self._layers[number]
         attention = layer.attention
@@ -273,11 +313,11 @@ class Decoder:
         key, value = attention.split(attention.key(rows)), attention.split(attention.value(rows))
         return torch.cat([self._turned(key, start), value], dim=-1)
 
-    def _turned(self, x: Tensor, start: int) -> Tensor:
+    def _turned(self, x: Tensor, start: int | Tensor) -> Tensor:
         """Queries or keys (B, H, n, d) with rotary positions, if the model has them."""
         if not isinstance(self.model, TransformerLM):
             return x
-        return rotated(x, torch.arange(start, start + x.shape[2], device=x.device))
+        return rotated(x, start + torch.arange(x.shape[2], device=x.device))
 
     def _reserve(self, tokens: int) -> None:
         """Makes room for so many tokens in a state that grows, twice as many as before at least."""

@@ -17,26 +17,37 @@ class Ring:
         self.interval, self.max_contexts, self.selection = interval, max_contexts, selection
         self.length = (max_contexts - 1) * (1 if selection == "grid" else interval)
 
-    def keeps(self, position: int) -> bool:
-        """Whether a query after this position may read it."""
+    def keeps(self, position: int | Tensor) -> bool | Tensor:
+        """Whether a query after this position may read it; of a strided ring, without a look at the position."""
         return self.length > 0 and (self.selection == "strided" or position % self.interval == 0)
 
-    def row(self, position: int) -> int:
+    def row(self, position: int | Tensor) -> int | Tensor:
         """Row of a position that is kept."""
         return (position // self.interval if self.selection == "grid" else position) % self.length
 
-    def past(self, rows: Tensor, position: int, interval: int) -> Tensor:
+    def past(self, rows: Tensor, position: int | Tensor, interval: int) -> Tensor:
         """What the query at `position` reads (..., m, n) of rows (..., length, n), m < M; its own is not among it.
 
-        In a strided ring, `interval` may be shorter than the ring's.
+        In a strided ring, `interval` may be shorter than the ring's. Where the position is a tensor (), at which the
+        host does not look, the ring is strided and full.
         """
-        if self.selection == "grid":
-            return rows[..., : -(-position // self.interval), :]
-        read = min(self.max_contexts - 1, position // interval)
-        if interval == self.interval:  # the rows of the position's residue
-            return rows.unflatten(-2, (self.max_contexts - 1, interval))[..., :read, position % interval, :]
+        read = self.max_contexts - 1
+        if not isinstance(position, Tensor):
+            if self.selection == "grid":
+                return rows[..., : -(-position // self.interval), :]
+            read = min(read, position // interval)
+            if interval == self.interval:  # the rows of the position's residue
+                return rows.unflatten(-2, (self.max_contexts - 1, interval))[..., :read, position % interval, :]
         back = torch.arange(interval, interval * (read + 1), interval, device=rows.device)
         return rows.index_select(-2, (position - back).remainder_(self.length))
+
+    def put(self, rows: Tensor, position: int | Tensor, new: Tensor) -> None:
+        """Notes what stands at a position that is kept, (..., n), in rows (..., length, n)."""
+        row = self.row(position)
+        if isinstance(row, Tensor):
+            rows.index_copy_(-2, row[None], new[..., None, :])
+        else:
+            rows[..., row, :] = new
 
     def kept(self, tokens: int) -> list[int]:
         """The positions below `tokens` that the ring holds, in ascending order."""

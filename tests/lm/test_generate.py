@@ -103,6 +103,52 @@ def test_a_prompt_leaves_the_state_of_stepping_through_it(name, length, keep):
         torch.testing.assert_close(fast.step(token), slow.step(token), atol=1e-4, rtol=0)
 
 
+class Replayed:
+    """What a CUDA graph does, on any device: the same operations on the same tensors, and no number of the host."""
+
+    made = 0
+
+    def __init__(self, step, inputs):
+        Replayed.made += 1
+        self.step, self.inputs = step, [x.clone() for x in inputs]
+
+    def __call__(self, *inputs):
+        for kept, given in zip(self.inputs, inputs, strict=True):
+            kept.copy_(given)
+        return self.step(*self.inputs).clone()
+
+
+NEVER_STEADY = {name for name in MODELS if "grid" in name or name.removeprefix("recipe_").endswith("transformer")}
+
+
+@pytest.mark.parametrize("keep", ["contexts", "kv"])
+@pytest.mark.parametrize("length", [1, 30])
+@pytest.mark.parametrize("name", MODELS)
+def test_replayed_steps_equal_the_parallel_pass_at_every_position(name, length, keep, monkeypatch):
+    """From where the rings are full, over and over; what grows, or is a grid, is never replayed."""
+    monkeypatch.setattr(generate, "StepGraph", Replayed)
+    monkeypatch.setattr(generate, "GRAPHED", ("cpu",))
+    monkeypatch.setattr(Replayed, "made", 0)
+    model, tokens = made(name), torch.randint(0, V, (90,))
+    decoder = Decoder(model, keep=keep)
+    logits = [decoder.read(tokens[None, :length]), *(decoder.step(token[None]) for token in tokens[length:])]
+    torch.testing.assert_close(torch.cat(logits), parallel_logits(model, tokens)[length - 1 :], atol=1e-4, rtol=0)
+    assert Replayed.made == (name not in NEVER_STEADY)
+    assert decoder.position == 90
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are recorded on a GPU")
+@pytest.mark.parametrize("keep", ["contexts", "kv"])
+@pytest.mark.parametrize("name", sorted(set(MODELS) - NEVER_STEADY))
+def test_a_gpu_replays_what_a_cpu_steps(name, keep):
+    model, tokens = made(name), torch.randint(0, V, (2, 90))
+    slow, fast = Decoder(model, 2, keep), Decoder(made(name).cuda(), 2, keep)
+    expected = [slow.read(tokens[:, :30]), *(slow.step(token) for token in tokens[:, 30:].T)]
+    found = [fast.read(tokens[:, :30].cuda()), *(fast.step(token) for token in tokens[:, 30:].cuda().T)]
+    assert fast._graph is not None
+    torch.testing.assert_close(torch.stack(found).cpu(), torch.stack(expected), atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("length", [1, 2, 7, 24, 40])
 @pytest.mark.parametrize("name", ["recipe", "recipe_own_ring", "recipe_recurrence"])
 def test_a_writer_is_not_pointed_at_its_own_words(name, length):
@@ -110,6 +156,14 @@ def test_a_writer_is_not_pointed_at_its_own_words(name, length):
     model, tokens = made(name), torch.randint(0, V, (length + 45,))
     contexts = solve_contexts(model.encoders()[0], model.encoder_input(tokens))[0]
     hidden = model.states(tokens[None], contexts[None], len(tokens))[0]
+    for replayed in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(generate, "StepGraph", Replayed)
+            patch.setattr(generate, "GRAPHED", ("cpu",) if replayed else ())
+            check_writer(model, tokens, length, contexts, hidden)
+
+
+def check_writer(model, tokens, length, contexts, hidden):
     decoder = Decoder(model, writing=True)
     written = [decoder.read(tokens[None, :length]), *(decoder.step(token[None]) for token in tokens[length:])]
     table = model.table.detach()

@@ -16,11 +16,12 @@ from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.context.solve import solve_onwards
 from ctxkv_lightning.lm.attention import head_groups, in_order, of_heads
 from ctxkv_lightning.lm.graph import StepGraph
-from ctxkv_lightning.lm.model import ContextAttention, ContextKVLM, TiedLM
+from ctxkv_lightning.lm.layers import ContextAttention, TokenAttention, causal_attention, rotated
+from ctxkv_lightning.lm.model import ContextKVLM, TiedLM
 from ctxkv_lightning.lm.output import Counted
 from ctxkv_lightning.lm.pointer import NEVER, CachePointer, Pointed
 from ctxkv_lightning.lm.rings import Ring
-from ctxkv_lightning.lm.rivals import TransformerLM, causal_attention, rotated
+from ctxkv_lightning.lm.rivals import TransformerLM
 
 Keep = Literal["contexts", "kv"]
 
@@ -308,8 +309,8 @@ class Decoder:
         """Keys and values (B, H, n, 2d), side by side, of what a layer reads, (B, n, ·), at `start` and after it."""
         layer = self._layers[number]
         attention = layer.attention
-        if isinstance(self.model, TransformerLM):
-            rows = self.model.attended(layer, rows)
+        if isinstance(attention, TokenAttention):
+            rows = attention.attended(rows)
         key, value = attention.split(attention.key(rows)), attention.split(attention.value(rows))
         return torch.cat([self._turned(key, start), value], dim=-1)
 
@@ -374,7 +375,7 @@ class Decoder:
         for number, layer in enumerate(self._layers):
             self._fill_pairs(number, hidden, first)
             if number < len(self._layers) - 1:
-                hidden = layer.ffn(layer.attention(hidden, model.attended(layer, hidden)))
+                hidden = layer.ffn(layer.attention(hidden, hidden))
 
     def _fill_all(self, hidden: Tensor, start: int) -> None:
         """Notes all layers' keys and values of the tokens at `start` and after it, with embeddings (B, n, D)."""

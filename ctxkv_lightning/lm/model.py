@@ -13,14 +13,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ctxkv_lightning.context.encoder import ContextEncoder
-from ctxkv_lightning.lm.attention import Selection, attend, slot_weights
+from ctxkv_lightning.lm.attention import Selection
 from ctxkv_lightning.lm.head import frozen_cross_entropy, score
+from ctxkv_lightning.lm.layers import ContextAttention, FeedForward, Layer
 from ctxkv_lightning.lm.output import Asked, Output
 from ctxkv_lightning.lm.pretrained import PretrainedModule
-from ctxkv_lightning.lm.recipe import Norm, Recipe
+from ctxkv_lightning.lm.recipe import Recipe
 from ctxkv_lightning.text.ngram import KneserNeyTrigram
 
 UNSEEN = 0.1
@@ -157,100 +157,6 @@ class TiedLM(PretrainedModule):
         parts = {name: count for name, count in parts.items() if count}
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return {"total": sum(parts.values()), "trainable": trainable, **parts}
-
-
-class ContextAttention(nn.Module):
-    """Multi-head attention over selected contexts: queries from embeddings (D), keys and values from contexts (C).
-
-    `interval` is one for all heads or a list of one for each. With `read_current`, W c_t joins what was attended to.
-    """
-
-    def __init__(
-        self,
-        embedding_dim: int,
-        context_dim: int,
-        heads: int,
-        interval: int | Sequence[int],
-        max_contexts: int,
-        dropout: float,
-        selection: Selection = "strided",
-        norm: Norm = "post",
-        read_current: bool = False,
-    ) -> None:
-        super().__init__()
-        self.residual = norm
-        self.intervals = (interval,) * heads if isinstance(interval, int) else tuple(interval)
-        if embedding_dim % heads or len(self.intervals) != heads:
-            raise ValueError(f"heads={heads} does not divide embedding_dim={embedding_dim}, or interval={interval}")
-        self.heads, self.max_contexts, self.selection = heads, max_contexts, selection
-        self.head_dim = embedding_dim // heads
-        self.query = nn.Linear(embedding_dim, embedding_dim)
-        self.key = nn.Linear(context_dim, embedding_dim)
-        self.value = nn.Linear(context_dim, embedding_dim)
-        self.output = nn.Linear(embedding_dim, embedding_dim)
-        self.read = nn.Linear(context_dim, embedding_dim) if read_current else None
-        self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(embedding_dim)
-        if norm == "pre":  # each layer starts as the identity, but for what `read` adds
-            nn.init.zeros_(self.output.weight)
-
-    def forward(self, embeddings: Tensor, contexts: Tensor, first: Tensor | None = None) -> Tensor:
-        """(B, T, D) from embeddings (B, T, D) and contexts (B, S+T, C), the first S of them history."""
-        query, key, value = (self.split(x) for x in (self.ask(embeddings), self.key(contexts), self.value(contexts)))
-        mixed = attend(query, key, value, self.intervals, self.max_contexts, self.selection, first)
-        return self.combine(embeddings, mixed, contexts[:, contexts.shape[1] - embeddings.shape[1] :])
-
-    def ask(self, embeddings: Tensor) -> Tensor:
-        """Queries (..., D), of all heads side by side."""
-        return self.query(self.norm(embeddings) if self.residual == "pre" else embeddings)
-
-    def combine(self, embeddings: Tensor, mixed: Tensor, now: Tensor | None = None) -> Tensor:
-        """e + dropout(W_o mixed + W c), (B, T, D), normalised if `norm` is "post".
-
-        `mixed` are the heads' outputs (B, H, T, d), `now` the current contexts c (B, T, C): read with `read_current`.
-        """
-        found = self.output(mixed.transpose(1, 2).flatten(2))
-        if self.read is not None:
-            assert now is not None
-            found = found + self.read(now)
-        both = embeddings + self.dropout(found)
-        return both if self.residual == "pre" else self.norm(both)
-
-    def slot_weights(self, embeddings: Tensor, contexts: Tensor, first: Tensor | None = None) -> Tensor:
-        """Mean attention weight (H, M) by head and slot, over all B·T positions."""
-        query, key = self.split(self.ask(embeddings)), self.split(self.key(contexts))
-        return slot_weights(query, key, self.intervals, self.max_contexts, self.selection, first)
-
-    def split(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, H, T, D/H)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-
-class FeedForward(nn.Module):
-    """h + LayerNorm(W_2 GELU(W_1 h)), or, if `norm` is "pre", h + dropout(W_2 GELU(W_1 LayerNorm(h))), on (..., D)."""
-
-    def __init__(self, embedding_dim: int, ffn_dim: int, norm: Norm = "post", dropout: float = 0.0) -> None:
-        super().__init__()
-        self.residual = norm
-        self.up = nn.Linear(embedding_dim, ffn_dim)
-        self.down = nn.Linear(ffn_dim, embedding_dim)
-        self.norm = nn.LayerNorm(embedding_dim)
-        self.dropout = nn.Dropout(dropout)
-        if norm == "pre":
-            nn.init.zeros_(self.down.weight)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        if self.residual == "pre":
-            return hidden + self.dropout(self.down(F.gelu(self.up(self.norm(hidden)))))
-        return hidden + self.norm(self.down(F.gelu(self.up(hidden))))
-
-
-class Layer(nn.Module):
-    """A layer after the first: attention, then the feed-forward layer."""
-
-    def __init__(self, attention: ContextAttention, ffn: FeedForward) -> None:
-        super().__init__()
-        self.attention, self.ffn = attention, ffn
 
 
 class ContextKVLM(TiedLM):

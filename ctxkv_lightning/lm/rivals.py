@@ -12,59 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctxkv_lightning.context.encoder import ContextEncoder
-from ctxkv_lightning.lm.attention import Selection, strided_attention
-from ctxkv_lightning.lm.model import ContextAttention, ContextKVLM, FeedForward, Layer, TiedLM
-from ctxkv_lightning.lm.recipe import Norm
+from ctxkv_lightning.lm.attention import Selection
+from ctxkv_lightning.lm.layers import FeedForward, Layer, TokenAttention
+from ctxkv_lightning.lm.model import ContextKVLM, TiedLM
 
 ModelName = Literal["context_kv", "cascade", "transformer", "sliding_window", "recurrence"]
-
-ROPE_BASE = 10_000.0
-
-
-class TokenAttention(ContextAttention):
-    """Ordinary causal attention over tokens with rotary positions: over all of them, or over the last `window`.
-
-    Rotary positions are those of Su et al., "RoFormer" (2021).
-    """
-
-    def __init__(self, embedding_dim: int, heads: int, window: int | None, dropout: float, norm: Norm = "post") -> None:
-        super().__init__(embedding_dim, embedding_dim, heads, 1, window or 1, dropout, norm=norm)
-        if embedding_dim // heads % 2:
-            raise ValueError(f"heads={heads} must leave an even number of dimensions to each head of {embedding_dim}")
-        self.window = window
-
-    def forward(self, embeddings: Tensor, memory: Tensor, first: Tensor | None = None) -> Tensor:
-        """(B, T, D) from embeddings (B, T, D) and the memory (B, S+T, D) of all embeddings."""
-        query, key, value = (self.split(x) for x in (self.ask(embeddings), self.key(memory), self.value(memory)))
-        positions = torch.arange(key.shape[2], device=key.device)
-        query, key = rotated(query, positions[-query.shape[2] :]), rotated(key, positions)
-        if self.window is None:
-            return self.combine(embeddings, causal_attention(query, key, value, first))
-        return self.combine(embeddings, strided_attention(query, key, value, 1, self.window, first))
-
-
-def rotated(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotates the pairs (j, j + d/2) of vectors (..., T, d) by angles that grow with their positions (T,)."""
-    half = x.shape[-1] // 2
-    rates = ROPE_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    angles = positions.double()[:, None] * rates  # in fp64: far along the text, fp32 would blur them
-    cosine, sine = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cosine - b * sine, a * sine + b * cosine], dim=-1)
-
-
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor | None) -> Tensor:
-    """Attention (B, H, T, d) of query i, at key S+i, over all keys up to its own, from `first[b]` on.
-
-    Queries before that, which are history to a deeper layer, read themselves: of nothing there is no mean.
-    """
-    T, keys = query.shape[2], key.shape[2]
-    past = torch.ones(T, keys, dtype=torch.bool, device=query.device)
-    mask = past.tril(keys - T)
-    if first is not None:
-        exists = torch.arange(keys, device=query.device) >= first.view(-1, 1, 1, 1)
-        mask = mask & (exists | past.triu(keys - T))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 class TransformerLM(TiedLM):
@@ -91,14 +43,14 @@ class TransformerLM(TiedLM):
         super().__init__(vocab_size, embedding_dim, context_dim, recipe)
         norm = self.recipe.norm
 
-        def parts() -> tuple[TokenAttention, FeedForward]:
-            attention = TokenAttention(embedding_dim, heads, window, dropout, norm)
+        def parts(deep: bool) -> tuple[TokenAttention, FeedForward]:
+            attention = TokenAttention(embedding_dim, heads, window, dropout, norm, deep)
             return attention, FeedForward(embedding_dim, ffn_dim, norm, dropout if norm == "pre" else 0.0)
 
         if self.recipe.pointer_heads:
             self.encoder = ContextEncoder(context_dim, embedding_dim).requires_grad_(False)
-        self.attention, self.ffn = parts()
-        self.deeper.extend(Layer(*parts()) for _ in range(layers - 1))
+        self.attention, self.ffn = parts(deep=False)
+        self.deeper.extend(Layer(*parts(deep=True)) for _ in range(layers - 1))
 
     def forward(self, embeddings: Tensor, memory: Tensor, first: Tensor | None = None) -> Tensor:
         """Final hidden states (B, T, D); the memory (B, S+T, D) holds the embeddings of history and of now.
@@ -107,14 +59,10 @@ class TransformerLM(TiedLM):
         """
         hidden = memory
         for layer in self.layers[:-1]:
-            hidden = layer.ffn(layer.attention(hidden, self.attended(layer, hidden), first))
+            hidden = layer.ffn(layer.attention(hidden, hidden, first))
         last = self.layers[-1]
         now = hidden[:, -embeddings.shape[1] :] if self.deeper else embeddings
-        return last.ffn(last.attention(now, self.attended(last, hidden), first))
-
-    def attended(self, layer: Any, hidden: Tensor) -> Tensor:
-        """What the keys and values of a layer are made of, given what it reads: embeddings are normalised already."""
-        return hidden if layer is self or self.recipe.norm == "post" else layer.attention.norm(hidden)
+        return last.ffn(last.attention(now, hidden, first))
 
 
 class Reading(nn.Module):

@@ -162,8 +162,9 @@ def reach(config: Config) -> tuple[int, int]:
     voices = Recipe(**(recipe_of(config) or {})).history
     match config.model.name:
         case "context_kv":
-            on_grid, history = config.selection == "grid", (config.max_contexts - 1) * max(config.intervals)
-            return max(voices, history), math.lcm(*config.intervals) if on_grid else 1
+            alignment = math.lcm(*config.intervals) if config.selection == "grid" else 1
+            lead = -(-config.local_reach // alignment) * alignment
+            return max(voices, (config.max_contexts - 1) * max(config.intervals) + lead), alignment
         case "sliding_window":
             return max(voices, config.model.layers * (config.window_tokens - 1)), 1
         case "transformer":
@@ -192,6 +193,7 @@ def build_module(config: Config, vocab_size: int) -> ContextKVLMModule:
         schedule=config.train.schedule,  # type: ignore[arg-type]
         warmup_steps=config.train.warmup_steps,
         layers=config.model.layers,
+        local_window=config.model.local_window,
     )
 
 

@@ -86,16 +86,22 @@ class Config:
         return self.max_contexts if self.selection == "grid" else (self.max_contexts - 1) * max(self.intervals) + 1
 
     @property
+    def local_reach(self) -> int:
+        """Tokens whose states the layers after the first of `context_kv` keep, all together."""
+        return (self.model.layers - 1) * ((self.model.local_window or 1) - 1)
+
+    @property
     def window_tokens(self) -> int:
-        """k of `sliding_window`: as asked for, or the tokens whose keys and values fit into `kept_contexts`."""
-        fitting = self.kept_contexts * self.context_dim // (2 * self.embedding.dim * self.model.layers)
+        """k of `sliding_window`: as asked for, or the tokens whose keys and values fit where `context_kv` keeps its."""
+        pair = 2 * self.embedding.dim
+        fitting = (self.kept_contexts * self.context_dim + self.local_reach * pair) // (pair * self.model.layers)
         return self.model.window_tokens or max(1, fitting)
 
     @property
     def unread(self) -> tuple[str, ...]:
         """The keys, or groups of them, that have no effect here."""
         pointer, counts = bool(self.recipe.pointer_heads), self.recipe.ngram
-        return unread_keys(self.model.name, pointer, counts, self.train.schedule, self.data.source)
+        return unread_keys(self.model.name, pointer, counts, self.train.schedule, self.data.source, self.model.layers)
 
     def effective(self) -> "Config":
         """This configuration with whatever its model does not read at the default: equal ones are one experiment."""

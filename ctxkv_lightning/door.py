@@ -106,8 +106,9 @@ def identity(config: Config) -> str:
     for later in ("apart", "read_current"):
         if not settings["recipe"][later]:
             del settings["recipe"][later]
-    if settings["model"]["layers"] == 1:
-        del settings["model"]["layers"]
+    for later, plain in (("layers", 1), ("local_window", None)):
+        if settings["model"][later] == plain:
+            del settings["model"][later]
     if effective.recipe == RecipeConfig() and effective.train.schedule == "constant":
         del settings["recipe"], settings["train"]["schedule"], settings["train"]["warmup_steps"]
     return _hash(settings)

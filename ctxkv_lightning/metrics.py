@@ -7,6 +7,7 @@ import torch
 from ctxkv_lightning.datamodule import ContextDataModule
 from ctxkv_lightning.lm.attention import slot_distances
 from ctxkv_lightning.lm.generate import kept_tensors, state_bytes
+from ctxkv_lightning.lm.layers import local_reach
 from ctxkv_lightning.lm.model import ContextKVLM, TiedLM
 from ctxkv_lightning.lm.module import ContextKVLMModule
 from ctxkv_lightning.lm.rivals import TransformerLM
@@ -25,13 +26,12 @@ def describe_window(model: TiedLM, train_tokens: int) -> dict[str, Any]:
             "interval": intervals[0] if len(set(intervals)) == 1 else list(intervals),
             "max_contexts": attention.max_contexts,
             "selection": attention.selection,
-            "span_tokens": (attention.max_contexts - 1) * max(intervals) + 1,
+            "span_tokens": (attention.max_contexts - 1) * max(intervals) + 1 + local_reach(model.layers),
             "theoretical_max": train_tokens // min(intervals) + 1,
         }
     span: int | None = 1
     if isinstance(model, TransformerLM):
-        window = model.attention.window
-        span = None if window is None else len(model.layers) * (window - 1) + 1
+        span = None if model.attention.window is None else local_reach(model.layers) + 1
     return {"interval": None, "max_contexts": None, "selection": None, "span_tokens": span, "theoretical_max": None}
 
 
@@ -57,18 +57,20 @@ def describe_contexts(contexts: list[Store], data: ContextDataModule) -> dict[st
 
 @torch.no_grad()
 def describe_attention(module: ContextKVLMModule, data: ContextDataModule) -> dict[str, Any] | None:
-    """Mean weight and distance of each slot (layers · H lists of M), over the first validation windows, if any."""
+    """Mean weight and distance of each slot over the first validation windows; None without slots.
+
+    n · H lists of M, where n layers read contexts.
+    """
     model = module.model.cpu()
     if not isinstance(model, ContextKVLM):
         return None
     windows, attention = next(iter(data.val_dataloader())), model.attention
     first = None if windows.first is None else windows.first.cpu()
     embeddings = model.embed(windows.tokens[:, -windows.embeddings.shape[1] :].cpu())
-    return {
-        "slot_weights": model.slot_weights(embeddings, windows.memory.cpu(), first).tolist(),
-        "distances": slot_distances(attention.intervals, attention.max_contexts, attention.selection).tolist()
-        * len(model.layers),
-    }
+    weights = model.slot_weights(embeddings, windows.memory.cpu(), first)
+    distances = slot_distances(attention.intervals, attention.max_contexts, attention.selection)
+    layers = len(weights) // len(distances)
+    return {"slot_weights": weights.tolist(), "distances": layers * distances.tolist()}
 
 
 def describe_decode_state(model: TiedLM) -> dict[str, Any]:

@@ -110,6 +110,9 @@ class ModelConfig:
     ffn_dim: int = number(3072, at_least=1)
     layers: int = number(1, at_least=1)
     """Layers of attention and feed-forward; those of `context_kv` all read the same contexts."""
+    local_window: int | None = number(None, at_least=1)
+    """For `context_kv`: its layers after the first attend instead to what the layer before them made of so many tokens,
+    the current one among them; null: they read contexts."""
 
 
 @dataclass

@@ -70,10 +70,10 @@ def slot_weights(query: Tensor, key: Tensor, intervals, max_contexts: int, selec
     return total / (B * T)
 
 
-def transformer_layers(model, embeddings: Tensor, window: int | None) -> Tensor:
-    """Final states (T, D) of a transformer over a whole text (T, D), layer after layer."""
+def transformer_layers(model, embeddings: Tensor, window: int | None, begun: bool = False) -> Tensor:
+    """Final states (T, D) of a transformer over a whole text (T, D), layer after layer; `begun` is after the first."""
     hidden, pre = embeddings, model.recipe.norm == "pre"
-    for number, layer in enumerate((model, *model.deeper)):
+    for number, layer in list(enumerate((model, *model.deeper)))[begun:]:
         normalised = layer.attention.norm(hidden) if pre else hidden
         found = token_attention(layer.attention, normalised if number else hidden, window, normalised, hidden)
         changed = layer.ffn.down(F.gelu(layer.ffn.up(layer.ffn.norm(found) if pre else found)))

@@ -16,7 +16,7 @@ embedding.source embedding.file embedding.dim embedding.window
 pretrain.max_iterations pretrain.lr pretrain.clip_norm pretrain.batch_tokens pretrain.noise pretrain.centroid_weight
 pretrain.move_threshold pretrain.target_rate pretrain.plateau_rate
 contexts.tolerance contexts.dtype
-model.name model.window_tokens model.dropout model.ffn_dim model.layers
+model.name model.window_tokens model.dropout model.ffn_dim model.layers model.local_window
 recipe.norm recipe.train_embedding recipe.embedding_dropout recipe.context_dropout recipe.output_dropout
 recipe.projection recipe.read_current recipe.pointer_heads recipe.pointer_dim recipe.pointer_window
 recipe.pointer_values recipe.ngram recipe.apart
@@ -210,6 +210,9 @@ def test_bytes_kept_decide_the_sliding_window():
         ("model=recurrence interval=50", "model=recurrence selection=grid heads=4", True),
         ("model=cascade max_contexts=8", "model=cascade model.ffn_dim=64", True),
         ("model=cascade", "model=cascade model.layers=2", True),
+        ("model.local_window=5", "model.local_window=6", True),
+        ("model.layers=2 model.local_window=5", "model.layers=2 model.local_window=6", False),
+        ("model=transformer model.layers=2", "model=transformer model.layers=2 model.local_window=6", True),
         ("model=recurrence", "model=recurrence model.layers=2", False),
         ("model=transformer context_dim=64", "model=transformer pretrain.lr=1", True),
         ("model=sliding_window", "model=sliding_window model.window_tokens=103", True),

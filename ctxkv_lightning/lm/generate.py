@@ -16,7 +16,7 @@ from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.context.solve import solve_onwards
 from ctxkv_lightning.lm.attention import head_groups, in_order, of_heads
 from ctxkv_lightning.lm.graph import StepGraph
-from ctxkv_lightning.lm.layers import ContextAttention, TokenAttention, causal_attention, rotated
+from ctxkv_lightning.lm.layers import ContextAttention, TokenAttention, causal_attention, local_reach, rotated
 from ctxkv_lightning.lm.model import ContextKVLM, TiedLM
 from ctxkv_lightning.lm.output import Counted
 from ctxkv_lightning.lm.pointer import NEVER, CachePointer, Pointed
@@ -24,6 +24,9 @@ from ctxkv_lightning.lm.rings import Ring
 from ctxkv_lightning.lm.rivals import TransformerLM
 
 Keep = Literal["contexts", "kv"]
+
+Reads = list[tuple[list[int], int, str]]
+"""What a layer reads: heads, their interval, the name of their ring."""
 
 CHUNK = 1 << 16
 """Tokens of a prompt whose contexts are solved at a time: bounds what reading takes, however long the prompt."""
@@ -68,7 +71,8 @@ class Decoder:
         self._at: int | Tensor = 0  # the position, as a step reads it
         self._graph: StepGraph | None = None
         self.rings: dict[str, Ring] = {}  # by name in the state
-        self.groups: list[tuple[list[int], int, str]] = []  # heads, their interval, the name of the first layer's ring
+        self.reads: list[Reads] = []  # of each layer
+        self.pairs: set[str] = set()  # the names of rings of keys and values
         self._encoders = model.encoders()
         self._layers = model.layers if isinstance(model, ContextKVLM | TransformerLM) else ()
         if self._encoders:
@@ -108,7 +112,7 @@ class Decoder:
             self.state["context"].copy_(self._advance(self.model.encoder_input(tokens)))
         logits = self._logits(self._hidden(embedding), tokens, Counted(*counted) if counted else None)
         for name, ring in self.rings.items():  # last, for the oldest row is read before it is overwritten
-            if not self._holds_pairs(name) and ring.keeps(self._at):
+            if name not in self.pairs and ring.keeps(self._at):
                 ring.put(self.state[name], self._at, self.state["context"])
         if isinstance(self._at, Tensor):
             self._at += 1
@@ -160,29 +164,40 @@ class Decoder:
         if self.grows:
             for name in self._growing:
                 self.state[name] = self._zeros(self._attention.heads, 0, 2 * self._attention.head_dim)
-        elif self._layers:
-            self._make_rings()
+        else:
+            self.reads = [self._make_rings(number) for number in range(len(self._layers))]
         if self.model.recipe.pointer_heads:
             self._make_pointer(self.model.recipe.pointer_window)
         if self.model.recipe.ngram:  # the token before the current one: none
             self.state["before"] = self._zeros().int().fill_(self.model.embedding.num_embeddings)
 
-    def _make_rings(self) -> None:
-        attention, groups = self._attention, head_groups(self._attention.intervals)
-        shared = self.keep == "contexts" and attention.selection == "strided"
+    def _make_rings(self, number: int) -> Reads:
+        """The rings that a layer reads, made where they are not those of another: all read the same contexts."""
+        attention = self._layers[number].attention
+        groups, pairs, found = head_groups(attention.intervals), self._reads_pairs(number), []
+        shared = not pairs and attention.selection == "strided"
         for interval, heads in groups.items():
-            name = self.keep if shared or len(groups) == 1 else f"{self.keep}_{interval}"
-            self.groups.append((heads, interval, name))
+            name = "kv" if pairs else "contexts"
+            name = name if shared or len(groups) == 1 else f"{name}_{interval}"
+            name = of_layer(name, number) if pairs else name
+            found.append((heads, interval, name))
             if name in self.rings:
                 continue
             ring = Ring(max(groups) if shared else interval, attention.max_contexts, attention.selection)
-            if self.keep == "contexts":  # one ring for all layers
-                self.rings[name], self.state[name] = ring, self._zeros(ring.length, self.state["context"].shape[1])
-                continue
-            for layer in range(len(self._layers)):
-                deep = of_layer(name, layer)
-                self.rings[deep] = ring
-                self.state[deep] = self._zeros(len(heads), ring.length, 2 * attention.head_dim)
+            self.rings[name] = ring
+            if pairs:
+                self.pairs.add(name)
+                self.state[name] = self._zeros(len(heads), ring.length, 2 * attention.head_dim)
+            else:
+                self.state[name] = self._zeros(ring.length, self.state["context"].shape[1])
+        return found
+
+    def _reads_pairs(self, number: int) -> bool:
+        """Whether keys and values are kept for a layer, not the contexts that they would be made of."""
+        return self.keep == "kv" or self._reads_tokens(number)
+
+    def _reads_tokens(self, number: int) -> bool:
+        return isinstance(self._layers[number].attention, TokenAttention)
 
     def _make_pointer(self, window: int) -> None:
         """The pointer's ring, which is the attention's where that one holds the very same contexts."""
@@ -193,10 +208,6 @@ class Decoder:
             self.rings["pointer"] = Ring(1, window + 1, "strided")
             self.state["pointer"] = self._zeros(window, self.state["context"].shape[1])
         self.state["followers"] = self._zeros(window).int()
-
-    def _holds_pairs(self, name: str) -> bool:
-        """Whether a ring is one of keys and values, which its layer notes; the others are of contexts."""
-        return self.keep == "kv" and name != "pointer"
 
     def _advance(self, embedding: Tensor) -> Tensor:
         before = self.state["context"].split([encoder.context_dim for encoder in self._encoders], dim=1)
@@ -209,19 +220,19 @@ class Decoder:
             return model(embedding[:, None], self.state["context"][:, None])[:, 0]
         now = None if model.reads_tokens else self.state["context"][:, None]
         for number, layer in enumerate(self._layers):
-            if self.keep == "contexts":
-                mixed = self._attend_to_contexts(layer.attention, hidden)
-            elif self.grows:
+            if self.grows:
                 mixed = self._attend_to_all(number, hidden)
-            else:
+            elif self._reads_pairs(number):
                 mixed = self._attend_to_pairs(number, hidden)
+            else:
+                mixed = self._attend_to_contexts(number, hidden)
             hidden = layer.ffn(layer.attention.combine(hidden[:, None], mixed, now))[:, 0]
         return hidden
 
     def _own_rows(self, number: int, hidden: Tensor) -> Tensor:
         """The current keys and values (B, H, 1, 2d) of the layer of this number, of which `hidden` (B, D) is read."""
-        now = hidden[:, None] if self.model.reads_tokens else self.state["context"][:, None]
-        return self._key_value(number, now, self._at)
+        now = hidden if self._reads_tokens(number) else self.state["context"]
+        return self._key_value(number, now[:, None], self._at)
 
     def _logits(self, hidden: Tensor, tokens: Tensor, counted: Counted | None) -> Tensor:
         """(B, V) from the final states (B, D) at tokens (B,)."""
@@ -255,37 +266,36 @@ class Decoder:
         filled = exists.sum(dim=-1).transpose(1, 2) / window
         return pointed._replace(trust=filled.log().clamp_min(NEVER))
 
-    def _attend_to_contexts(self, attention: ContextAttention, hidden: Tensor) -> Tensor:
+    def _attend_to_contexts(self, number: int, hidden: Tensor) -> Tensor:
         """The heads' outputs (B, H, 1, d) over the rings of contexts.
 
         Nothing is projected once per context: q · (W_k c) = (W_kᵀ q) · c, and the mean of W_v c is W_v of the mean. The
         keys' bias adds the same to every slot, which the softmax ignores; the values' own is added once.
         """
-        now = self.state["context"]
+        attention, now = self._layers[number].attention, self.state["context"]
         keys, values = (part.weight.unflatten(0, (attention.heads, -1)) for part in (attention.key, attention.value))
         query = attention.ask(hidden).unflatten(1, (attention.heads, -1))
         asked = torch.einsum("bhd,hdc->bhc", query, keys) * attention.head_dim**-0.5
         means = []
-        for heads, interval, name in self.groups:
+        for heads, interval, name in self.reads[number]:
             past = self.rings[name].past(self.state[name], self._at, interval)
             seen = torch.cat([now[:, None], past], dim=1)
             scores = of_heads(asked, heads) @ seen.transpose(1, 2)
             means.append(scores.softmax(dim=-1) @ seen)
-        mixed = torch.einsum("bhc,hdc->bhd", self._together(means), values)
+        mixed = torch.einsum("bhc,hdc->bhd", self._together(number, means), values)
         return (mixed + attention.value.bias.unflatten(0, (attention.heads, -1)))[:, :, None]
 
     def _attend_to_pairs(self, number: int, hidden: Tensor) -> Tensor:
         """The heads' outputs (B, H, 1, d) over a layer's rings of keys and values, and the current ones, now noted."""
         query, own, mixed = self._query(number, hidden), self._own_rows(number, hidden), []
-        for heads, interval, first in self.groups:
-            name = of_layer(first, number)
+        for heads, interval, name in self.reads[number]:
             ring, rows, current = self.rings[name], self.state[name], of_heads(own, heads)
             past = ring.past(rows, self._at, interval)
             key, value = torch.cat([current, past], dim=2).chunk(2, dim=-1)
             mixed.append(F.scaled_dot_product_attention(of_heads(query, heads), key, value))
             if ring.keeps(self._at):
                 ring.put(rows, self._at, current[:, :, 0])
-        return self._together(mixed)
+        return self._together(number, mixed)
 
     def _attend_to_all(self, number: int, hidden: Tensor) -> Tensor:
         """The heads' outputs (B, H, 1, d) over all keys and values of a layer, the current ones, now noted, too."""
@@ -296,14 +306,14 @@ class Decoder:
         key, value = pairs[:, :, : self._at + 1].chunk(2, dim=-1)
         return F.scaled_dot_product_attention(self._query(number, hidden), key, value)
 
-    def _together(self, parts: list[Tensor]) -> Tensor:
-        """(B, H, ...) of the groups' parts, each head where it belongs."""
-        return parts[0] if len(parts) == 1 else in_order(parts, [heads for heads, _, _ in self.groups])
+    def _together(self, number: int, parts: list[Tensor]) -> Tensor:
+        """(B, H, ...) of the parts of a layer's groups, each head where it belongs."""
+        return parts[0] if len(parts) == 1 else in_order(parts, [heads for heads, _, _ in self.reads[number]])
 
     def _query(self, number: int, hidden: Tensor) -> Tensor:
         """(B, H, 1, d) from (B, D)."""
         attention = self._layers[number].attention
-        return self._turned(attention.split(attention.ask(hidden)[:, None]), self._at)
+        return turned(attention, attention.split(attention.ask(hidden)[:, None]), self._at)
 
     def _key_value(self, number: int, rows: Tensor, start: int | Tensor) -> Tensor:
         """Keys and values (B, H, n, 2d), side by side, of what a layer reads, (B, n, ·), at `start` and after it."""
@@ -312,13 +322,7 @@ class Decoder:
         if isinstance(attention, TokenAttention):
             rows = attention.attended(rows)
         key, value = attention.split(attention.key(rows)), attention.split(attention.value(rows))
-        return torch.cat([self._turned(key, start), value], dim=-1)
-
-    def _turned(self, x: Tensor, start: int | Tensor) -> Tensor:
-        """Queries or keys (B, H, n, d) with rotary positions, if the model has them."""
-        if not isinstance(self.model, TransformerLM):
-            return x
-        return rotated(x, start + torch.arange(x.shape[2], device=x.device))
+        return torch.cat([turned(attention, key, start), value], dim=-1)
 
     def _reserve(self, tokens: int) -> None:
         """Makes room for so many tokens in a state that grows, twice as many as before at least."""
@@ -336,46 +340,53 @@ class Decoder:
     def _fill(self, tokens: Tensor) -> None:
         """The state after these tokens (B, n), as if they had been read one by one."""
         n = tokens.shape[1]
-        if self._encoders:
-            self._fill_contexts(tokens)
+        start = max(0, n - local_reach(self._layers)) if not self.grows else 0
+        if isinstance(self.model, ContextKVLM):
+            start -= start % self.model.alignment
+        contexts, first = self._fill_contexts(tokens, start) if self._encoders else (tokens, n)
         if self.grows:
             self._reserve(n)
             for start in range(0, n, ROWS_AT_A_TIME):
                 self._fill_all(self.model.embed(tokens[:, start : start + ROWS_AT_A_TIME]), start)
-        elif self.model.reads_tokens:
-            self._fill_windows(tokens)
+        else:
+            self._fill_layers(self.model.embed(tokens[:, start:]), start, contexts, first)
         if "followers" in self.state:
             self._fill_followers(tokens)
         if "before" in self.state:
             self.state["before"].copy_(tokens[:, -1])
 
-    def _fill_contexts(self, tokens: Tensor) -> None:
-        """The current contexts after these tokens (B, n), and what is kept of those before."""
+    def _fill_contexts(self, tokens: Tensor, start: int) -> tuple[Tensor, int]:
+        """The current contexts after these tokens (B, n), and what is kept of those before.
+
+        Returns those (B, m, ΣC) of a first position and all after it: what was written, and what layers read from
+        `start` on, where states are to be computed from there.
+        """
         n = tokens.shape[1]
-        rings = [ring for name, ring in self.rings.items() if not (self.model.reads_tokens and self._holds_pairs(name))]
-        oldest = [ring.kept(n)[0] for ring in rings if ring.length]
+        own = {name for number, reads in enumerate(self.reads) if self._reads_tokens(number) for _, _, name in reads}
+        oldest = [ring.kept(n)[0] for name, ring in self.rings.items() if ring.length and name not in own]
+        if isinstance(self.model, ContextKVLM) and start < n:
+            oldest.append(max(0, start - (self.model.attention.max_contexts - 1) * max(self.model.attention.intervals)))
         first = min(oldest, default=n - 1)
         texts, row_of = tokens.unique(dim=0, return_inverse=True)  # a prompt that is asked several times is solved once
         contexts = torch.stack([self._solved(text, first) for text in texts])[row_of]
         self.state["context"].copy_(contexts[:, -1])
         for name in self.rings:
-            if not self._holds_pairs(name):
+            if name not in self.pairs:
                 to, read, _ = self._kept_of(name, contexts, first)
                 self.state[name][:, to] = read
-        if not self.model.reads_tokens and self.keep == "kv":
-            for number in range(len(self._layers)):
-                self._fill_pairs(number, contexts, first)
+        return contexts, first
 
-    def _fill_windows(self, tokens: Tensor) -> None:
-        """A sliding window's rings after tokens (B, n): each layer's needs one window more of what is before it."""
-        assert isinstance(self.model, TransformerLM)
-        model, length = self.model, self.rings[self.keep].length
-        first = max(0, tokens.shape[1] - len(self._layers) * length)
-        hidden = model.embed(tokens[:, first:])
+    def _fill_layers(self, hidden: Tensor, start: int, contexts: Tensor, first: int) -> None:
+        """What layers keep as keys and values, from embeddings (B, n, D) at `start` and contexts (B, m, C) at `first`.
+
+        Each layer that attends to tokens needs one window more of what is before it.
+        """
         for number, layer in enumerate(self._layers):
-            self._fill_pairs(number, hidden, first)
-            if number < len(self._layers) - 1:
-                hidden = layer.ffn(layer.attention(hidden, hidden))
+            of_tokens = self._reads_tokens(number)
+            if of_tokens or self.keep == "kv":
+                self._fill_pairs(number, *((hidden, start) if of_tokens else (contexts, first)))
+            if number < len(self._layers) - 1 and hidden.shape[1]:
+                hidden = layer.ffn(layer.attention(hidden, hidden if of_tokens else contexts))
 
     def _fill_all(self, hidden: Tensor, start: int) -> None:
         """Notes all layers' keys and values of the tokens at `start` and after it, with embeddings (B, n, D)."""
@@ -388,18 +399,17 @@ class Decoder:
             parts: list[Tensor] = []
             for rows in hidden.split(DEEP_ROWS, dim=1):
                 begin = start + sum(part.shape[1] for part in parts)
-                query = self._turned(layer.attention.split(layer.attention.ask(rows)), begin)
+                query = turned(layer.attention, layer.attention.split(layer.attention.ask(rows)), begin)
                 key, value = pairs[:, :, : begin + rows.shape[1]].chunk(2, dim=-1)
                 parts.append(layer.ffn(layer.attention.combine(rows, causal_attention(query, key, value, None))))
             hidden = torch.cat(parts, dim=1)
 
     def _fill_pairs(self, number: int, rows: Tensor, first: int) -> None:
         """Writes a layer's keys and values of what it keeps of (B, n, ·), of `first` and the positions after it."""
-        for heads, _, name in self.groups:
-            deep = of_layer(name, number)
-            to, read, oldest = self._kept_of(deep, rows, first)
+        for heads, _, name in self.reads[number]:
+            to, read, oldest = self._kept_of(name, rows, first)
             if len(to):  # rotary positions are those of a window over tokens, which lie side by side
-                self.state[deep][:, :, to] = of_heads(self._key_value(number, read, oldest), heads)
+                self.state[name][:, :, to] = of_heads(self._key_value(number, read, oldest), heads)
 
     def _kept_of(self, name: str, rows: Tensor, first: int) -> tuple[Tensor, Tensor, int]:
         """Which rows of a ring to write, with which of (B, n, ·), `first` and after it, and the oldest position."""
@@ -428,6 +438,13 @@ class Decoder:
             contexts = encoder.initial(stop - start)
             _, state = solve_onwards(encoder, self.model.encoder_input(ids), index, contexts, state, TOLERANCE)
         return contexts[first - cuts[-1] :]
+
+
+def turned(attention: ContextAttention, x: Tensor, start: int | Tensor) -> Tensor:
+    """Queries or keys (B, H, n, d) at `start` and after it with rotary positions, if this attention has them."""
+    if not isinstance(attention, TokenAttention):
+        return x
+    return rotated(x, start + torch.arange(x.shape[2], device=x.device))
 
 
 def of_layer(name: str, number: int) -> str:

@@ -1,6 +1,7 @@
 """The layers of a language model: attention over contexts or over tokens, and the feed-forward layer."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -164,3 +165,9 @@ class Layer(nn.Module):
     def __init__(self, attention: ContextAttention, ffn: FeedForward) -> None:
         super().__init__()
         self.attention, self.ffn = attention, ffn
+
+
+def local_reach(layers: Sequence[Any]) -> int:
+    """Positions before a token's own that its state depends on, through layers that attend to a window of tokens."""
+    parts = (layer.attention for layer in layers)
+    return sum(part.window - 1 for part in parts if isinstance(part, TokenAttention) and part.window)

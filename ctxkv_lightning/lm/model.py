@@ -8,6 +8,7 @@ Embedding, its norm and the encoder are frozen: they stand here so that a checkp
 never runs the encoder while training; the contexts come from the store. What may be added is a `Recipe`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.lm.attention import Selection
 from ctxkv_lightning.lm.head import frozen_cross_entropy, score
-from ctxkv_lightning.lm.layers import ContextAttention, FeedForward, Layer
+from ctxkv_lightning.lm.layers import ContextAttention, FeedForward, Layer, TokenAttention, local_reach
 from ctxkv_lightning.lm.output import Asked, Output
 from ctxkv_lightning.lm.pretrained import PretrainedModule
 from ctxkv_lightning.lm.recipe import Recipe
@@ -37,6 +38,9 @@ class TiedLM(PretrainedModule):
 
     reads_tokens: ClassVar[bool] = False
     """Whether the memory that `forward` reads is the embeddings of the history, not its contexts."""
+
+    lead: int = 0
+    """Positions before those asked for that go through `forward` with them, where history has so many."""
 
     def __init__(
         self, vocab_size: int, embedding_dim: int, context_dim: int = 0, recipe: dict[str, Any] | None = None
@@ -116,9 +120,10 @@ class TiedLM(PretrainedModule):
         if looks_up and self.reads_tokens:
             memory = self.embedding_dropout(self.embed(tokens))
             return self(memory[:, memory.shape[1] - T :], memory, first)
-        if looks_up or embeddings is None:
-            embeddings = self.embed(tokens[:, tokens.shape[1] - T :])
-        return self(self.embedding_dropout(embeddings), memory, first)
+        lead = min(self.lead, memory.shape[1] - T)
+        if looks_up or lead or embeddings is None:
+            embeddings = self.embed(tokens[:, tokens.shape[1] - T - lead :])
+        return self(self.embedding_dropout(embeddings), memory, first)[:, lead:]
 
     def loss(self, hidden: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
         """What is to be minimised, summed, and losses (n,) in nats, of the positions that count in states (B, T, D)."""
@@ -162,7 +167,8 @@ class TiedLM(PretrainedModule):
 class ContextKVLM(TiedLM):
     """The published model, with a choice of which contexts its heads read, of a recipe and of how many layers.
 
-    All layers read the same contexts, so that what a decoder keeps of them does not depend on how many there are.
+    All layers read the same contexts, so that what a decoder keeps of them does not depend on how many there are; or,
+    with a `local_window`, those after the first attend to what the layer before them made of the last so many tokens.
     """
 
     def __init__(
@@ -178,32 +184,56 @@ class ContextKVLM(TiedLM):
         selection: Selection = "strided",
         recipe: dict[str, Any] | None = None,
         layers: int = 1,
+        local_window: int | None = None,
     ) -> None:
         super().__init__(vocab_size, embedding_dim, context_dim, recipe)
         norm, reads, D, C = self.recipe.norm, self.recipe.read_current, embedding_dim, context_dim
 
-        def parts() -> tuple[ContextAttention, FeedForward]:
-            attention = ContextAttention(D, C, heads, interval, max_contexts, dropout, selection, norm, reads)
+        def parts(local: int | None = None) -> tuple[ContextAttention, FeedForward]:
+            if local is None:
+                attention = ContextAttention(D, C, heads, interval, max_contexts, dropout, selection, norm, reads)
+            else:
+                attention = TokenAttention(D, heads, local, dropout, norm, deep=True)
             return attention, FeedForward(D, ffn_dim, norm, dropout if norm == "pre" else 0.0)
 
         self.encoder = ContextEncoder(context_dim, embedding_dim).requires_grad_(False)
         self.attention, self.ffn = parts()
-        self.deeper.extend(Layer(*parts()) for _ in range(layers - 1))
+        self.deeper.extend(Layer(*parts(local_window)) for _ in range(layers - 1))
+
+    @property
+    def alignment(self) -> int:
+        """What the first embedding that `forward` gets must stand at a multiple of."""
+        return math.lcm(*self.attention.intervals) if self.attention.selection == "grid" else 1
+
+    @property
+    def lead(self) -> int:  # type: ignore[override]
+        """As many as windows of hidden states reach back together, up to a multiple of the alignment."""
+        return -(-local_reach(self.layers) // self.alignment) * self.alignment
+
+    @property
+    def history(self) -> int:
+        """Positions before those asked for whose contexts layers read."""
+        return (self.attention.max_contexts - 1) * max(self.attention.intervals) + self.lead
 
     def forward(self, embeddings: Tensor, contexts: Tensor, first: Tensor | None = None) -> Tensor:
         """Final hidden states (B, T, D) from embeddings (B, T, D) and contexts (B, S+T, C).
 
         With `selection="grid"`, the first embedding stands at a multiple of every interval.
         """
-        hidden = embeddings
+        hidden, before = embeddings, contexts.shape[1] - embeddings.shape[1]
+        begin = None if first is None else (first - before).clamp_min(0)
         for layer in self.layers:
-            hidden = layer.ffn(layer.attention(hidden, contexts, first))
+            local = isinstance(layer.attention, TokenAttention)
+            memory = (hidden, begin) if local else (contexts, first)
+            hidden = layer.ffn(layer.attention(hidden, *memory))
         return hidden
 
     def slot_weights(self, embeddings: Tensor, contexts: Tensor, first: Tensor | None = None) -> Tensor:
-        """As `ContextAttention.slot_weights`, of all layers' heads (layers · H, M), those of the first layer first."""
+        """As `ContextAttention.slot_weights`, of the heads of all n layers that read contexts (n · H, M), in order."""
         hidden, found = embeddings, []
         for layer in self.layers:
+            if isinstance(layer.attention, TokenAttention):  # none after it reads contexts
+                break
             found.append(layer.attention.slot_weights(hidden, contexts, first))
             hidden = layer.ffn(layer.attention(hidden, contexts, first))
         return torch.cat(found)

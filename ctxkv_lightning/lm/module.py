@@ -59,12 +59,13 @@ class ContextKVLMModule(L.LightningModule):
         schedule: Schedule = "constant",
         warmup_steps: int = 0,
         layers: int = 1,
+        local_window: int | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.model = build_model(
             model, vocab_size, embedding_dim, context_dim, heads, interval, max_contexts, ffn_dim, dropout, selection,
-            window_tokens, recipe, layers,
+            window_tokens, recipe, layers, local_window,
         )  # fmt: skip
         self.starts_fresh = True
         self._ppl_of = -1  # the epoch for which Lightning has `train/ppl`

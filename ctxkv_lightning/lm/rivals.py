@@ -139,12 +139,14 @@ def build_model(
     window_tokens: int,
     recipe: dict[str, Any] | None = None,
     layers: int = 1,
+    local_window: int | None = None,
 ) -> TiedLM:
     """The model of this name; each takes what it reads. Raises ValueError for a name that is none of `ModelName`."""
     V, D, C = vocab_size, embedding_dim, context_dim
     match name:
         case "context_kv":
-            return ContextKVLM(V, D, C, heads, interval, max_contexts, ffn_dim, dropout, selection, recipe, layers)
+            reads = (heads, interval, max_contexts)
+            return ContextKVLM(V, D, C, *reads, ffn_dim, dropout, selection, recipe, layers, local_window)
         case "cascade":
             if recipe:
                 raise ValueError("the cascade takes no recipe")

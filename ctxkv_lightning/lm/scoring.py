@@ -1,11 +1,10 @@
 """Losses of a text of any length, computed in parallel and in blocks: what each token costs, given all before it."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from ctxkv_lightning.context.solve import solve_contexts
+from ctxkv_lightning.lm.layers import local_reach
 from ctxkv_lightning.lm.model import ContextKVLM, TiedLM
 from ctxkv_lightning.lm.output import Asked
 from ctxkv_lightning.lm.rivals import TransformerLM
@@ -53,10 +52,7 @@ def _reach(model: TiedLM, N: int) -> tuple[int, int]:
     """Positions before a block that its first one reads, and what blocks begin at a multiple of."""
     voices = model.recipe.history
     if isinstance(model, TransformerLM):
-        window = model.attention.window
-        return (N if window is None else max(voices, len(model.layers) * (window - 1))), 1
+        return (N if model.attention.window is None else max(voices, local_reach(model.layers))), 1
     if not isinstance(model, ContextKVLM):
         return voices, 1
-    intervals = model.attention.intervals
-    alignment = math.lcm(*intervals) if model.attention.selection == "grid" else 1
-    return max(voices, (model.attention.max_contexts - 1) * max(intervals)), alignment
+    return max(voices, model.history), model.alignment

@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ctxkv_lightning.build import build_module, reach
+from ctxkv_lightning.door import check_command_line
 from ctxkv_lightning.lm.generate import state_bytes
 from ctxkv_lightning.lm.model import ContextKVLM
 from ctxkv_lightning.lm.rivals import RecurrenceLM, TransformerLM, build_model
@@ -66,6 +68,65 @@ def test_all_layers_read_the_same_contexts(N, interval, layers, seed):
     hidden = model(embeddings[None], contexts[None])[0]
     fast = oracles.full_logit_loss(hidden[:-1], model.table, tokens[1:])
     torch.testing.assert_close(fast, oracles.step_by_step_nll(model, tokens), atol=1e-4, rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    N=st.integers(1, 40),
+    interval=st.integers(1, 6),
+    window=st.integers(1, 9),
+    layers=st.integers(1, 3),
+    norm=NORMS,
+    selection=st.sampled_from(["strided", "grid"]),
+    seed=st.integers(0, 99),
+)
+def test_local_layers_attend_to_what_the_layer_before_made_of_the_last_tokens(
+    N, interval, window, layers, norm, selection, seed
+):
+    torch.manual_seed(seed)
+    recipe = {"norm": norm}
+    model = shaken(ContextKVLM(V, D, C, H, interval, 4, 16, 0.1, selection, recipe, layers, window))
+    embeddings, contexts = torch.randn(N, D), torch.randn(N, C)
+    first = model.ffn(model.attention(embeddings[None], contexts[None]))[0]
+    slow = oracles.transformer_layers(model, first, window, begun=True)
+    torch.testing.assert_close(model(embeddings[None], contexts[None])[0], slow, atol=1e-4, rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    N=st.integers(1, 60),
+    asked=st.integers(1, 30),
+    window=st.integers(1, 9),
+    layers=st.integers(1, 3),
+    selection=st.sampled_from(["strided", "grid"]),
+    trained=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_window_with_its_history_has_the_states_of_the_whole_text(N, asked, window, layers, selection, trained, seed):
+    """What stands before the text is padding, as a loader pads it, and says nothing."""
+    torch.manual_seed(seed)
+    recipe = {"train_embedding": trained}
+    model = shaken(ContextKVLM(V, D, C, H, [2, 3], 4, 16, 0.1, selection, recipe, layers, window))
+    tokens, contexts = torch.randint(0, V, (1, N)), torch.randn(1, N, C)
+    whole = model.states(tokens, contexts, N)
+    start = max(0, N - asked) // model.alignment * model.alignment
+    T, missing = N - start, max(0, model.history - start)
+    reach = torch.arange(start - model.history, N).clamp_min(0)
+    part = model.states(tokens[:, reach], contexts[:, reach], T, torch.tensor([missing]))
+    torch.testing.assert_close(part, whole[:, start:], atol=1e-4, rtol=1e-4)
+
+
+def test_history_is_what_the_data_module_is_asked_for():
+    for words in ("interval=3 max_contexts=5", "interval=[2,3] heads=2 selection=grid", "max_contexts=1"):
+        for more in ("", "model.layers=3", "model.layers=3 model.local_window=9"):
+            (config,) = check_command_line([*words.split(), *more.split()])
+            module = build_module(config, 300)
+            assert reach(config) == (module.model.history, module.model.alignment)
+
+
+def test_a_local_layer_keeps_its_window_and_no_more():
+    one, three = (state_bytes(ContextKVLM(V, D, C, H, 5, 4, 16, layers=n, local_window=7), 99) for n in (1, 3))
+    assert three - one == 2 * 6 * 2 * D * 4
 
 
 def test_deeper_layers_of_the_recurrence_read_the_current_context_again():

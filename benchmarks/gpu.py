@@ -37,6 +37,7 @@ from ctxkv_lightning.errors import EXIT_CODE
 from ctxkv_lightning.report.page import write_report
 from ctxkv_lightning.run.callbacks import Stages, announcing
 from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.run.machine import compile_mode
 from ctxkv_lightning.store import create_array, get_or_build
 from ctxkv_lightning.windows import WindowLoader
 
@@ -59,7 +60,7 @@ def phase2(sizes: Sizes, vocabulary: int, device: torch.device, steps: int, comp
     model = our_model(table, sizes).to(device)
     step = our_step(model, batches, device)
     if compiled:
-        model.compile()
+        model.compile(mode=compile_mode("cuda"))
     first = seconds_of(lambda: [step() for _ in range(14)])  # a pass: windows of every shape
     chain = product_chain(vocabulary, sizes, device)
     ours, bare = (statistics.median(_per_call(call, steps)) for call in (step, chain))

@@ -48,6 +48,7 @@ from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.run.interruption import Safeguard
 from ctxkv_lightning.run.lease import locked
 from ctxkv_lightning.run.machine import (
+    compile_mode,
     compile_pays,
     describe_machine,
     describe_versions,
@@ -224,21 +225,20 @@ def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: i
         "train",
         steps=steps,
         kept_steps=steps_done(checkpoint),
+        may_wait=[BEST],
         callbacks=[history, RandomState(), patience, best, safeguard],
     )
     if trainer.is_global_zero:
         parts = {"model": dict(module.hparams), "data": dict(data.hparams), **settings}
         run.write_lightning(yaml.safe_dump(lightning_settings(config, trainer, hardware, parts), sort_keys=False))
     if compile_pays(config.train.compile, config.trainer.accelerator, steps * config.train.max_epochs):
-        module.model.compile()
+        module.model.compile(mode=compile_mode(config.trainer.accelerator))
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     trainer.logger = None  # the phase's metrics.csv ends with its last epoch
     epochs, stopped = history.epochs, history.stopped  # before the best checkpoint brings back those of its time
-    scores: dict[str, float] = {}
-    for evaluate in (trainer.validate, trainer.test):
-        scores |= evaluate(module, datamodule=data, ckpt_path=run.checkpoints / BEST, weights_only=True, verbose=False)[
-            0
-        ]
+    path = run.checkpoints / BEST
+    scores = trainer.validate(module, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)[0]
+    scores = {**scores, **trainer.test(module, datamodule=data, verbose=False)[0]}  # the weights are still those
     return Trained(module, epochs, stopped, scores)
 
 

@@ -14,7 +14,7 @@ from lightning import Callback
 from ctxkv_lightning import pipeline
 from ctxkv_lightning.config import TrainConfig
 from ctxkv_lightning.errors import UserError
-from ctxkv_lightning.run import interruption
+from ctxkv_lightning.run import checkpoint, interruption
 from ctxkv_lightning.run.interruption import Interrupted
 from ctxkv_lightning.run.saved import read
 from tests.faults.injections import FORK
@@ -248,6 +248,37 @@ def test_epochs_too_short_for_a_checkpoint_are_saved_at_the_end_all_the_same(sha
     steps = STEPS * BASE.train.max_epochs
     assert [entry for entry in saved if entry[0] == "last.ckpt"] == [("last.ckpt", steps)]
     assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == steps
+
+
+def best_written(monkeypatch):
+    """A best checkpoint is never worth writing again; the names of what is written."""
+    written, replace_ = [], checkpoint._replace
+    monkeypatch.setattr(checkpoint, "FREE_SECONDS", -100)
+    monkeypatch.setattr(
+        checkpoint, "_replace", lambda path, content: written.append(path.name) or replace_(path, content)
+    )
+    return written
+
+
+@pytest.mark.slow
+def test_a_best_checkpoint_that_waits_is_there_in_the_end(whole, shared, tmp_path, monkeypatch):
+    written = best_written(monkeypatch)
+    monkeypatch.setattr(interruption, "FREE_SECONDS", -100)
+    pipeline.run_experiment(shared, tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+    assert [name for name in written if name == "best.ckpt"] == 2 * ["best.ckpt"], "the first, and the last"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [STEPS + 3, 2 * STEPS + 3])
+def test_a_run_stopped_while_its_best_checkpoint_waits_resumes_bit_for_bit(whole, shared, tmp_path, monkeypatch, at):
+    written = best_written(monkeypatch)
+    assert interrupted(shared, tmp_path / "run", Stop("ContextKVLMModule", at), monkeypatch) == 143
+    epochs = at // STEPS
+    assert read(tmp_path / "run" / "checkpoints" / "best.ckpt")["global_step"] == epochs * STEPS
+    assert written.count("best.ckpt") == epochs
+    pipeline.run_experiment(shared, tmp_path / "run", resume="strict")
+    assert_same_run(tmp_path / "run", whole)
 
 
 @pytest.mark.slow

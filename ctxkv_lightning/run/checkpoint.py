@@ -5,10 +5,13 @@ written beside its final name, flushed, renamed, and read back against the SHA-2
 How it is read stands in `saved.py`.
 """
 
+import copy
 import hashlib
 import io
 import json
+import math
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -28,14 +31,53 @@ ASIDE = ".aside-"
 """Begins the name of a checkpoint that is still being written."""
 
 
+FREE_SECONDS = 0.2
+"""What a checkpoint at the end of each epoch may take, however short the epochs are."""
+
+WORTH = 10
+"""Seconds of training that a second of saving beyond that is worth."""
+
+
 class VerifiedCheckpointIO(TorchCheckpointIO):
-    """Writes beside, flushes, renames; keeps a manifest; reads only what its manifest vouches for."""
+    """Writes beside, flushes, renames; keeps a manifest; reads only what its manifest vouches for.
+
+    Checkpoints named in `may_wait` are kept in memory while less time has gone by since the last one than writing it is
+    worth, and written then, before any other checkpoint is written or read, or when the trainer ends, however it does.
+    """
+
+    def __init__(self, may_wait: Sequence[str] = ()) -> None:
+        self.may_wait = frozenset(may_wait)
+        self._waiting: tuple[Path, dict[str, Any]] | None = None
+        self._next = -math.inf  # when one that may wait is worth writing again
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Raises UserError when the disk refuses, or gives back other bytes than it was given."""
         path = Path(path)
         if path.suffix != SUFFIX:  # a file from elsewhere may say where: it shall not replace what is no checkpoint
             raise UserError(f"{path} is no name for a checkpoint, which ends in {SUFFIX}: it is not written")
+        if self._waiting is not None and self._waiting[0] != path:
+            self._write_waiting()
+        self._waiting = None
+        if path.name not in self.may_wait:
+            self._write(checkpoint, path)
+        elif time.monotonic() < self._next:
+            self._waiting = path, copy.deepcopy(checkpoint)
+        else:
+            started = time.monotonic()
+            self._write(checkpoint, path)
+            ended = time.monotonic()
+            self._next = ended + WORTH * (ended - started - FREE_SECONDS)
+
+    def teardown(self) -> None:
+        """Called by Lightning when fitting ends, by an exception too."""
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        if self._waiting is not None:
+            (path, checkpoint), self._waiting = self._waiting, None
+            self._write(checkpoint, path)
+
+    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _replace(path, checkpoint)
@@ -48,11 +90,13 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Tensors and plain values only, whatever is asked for; raises UserError for what is not as it was saved."""
+        self._write_waiting()
         return read(Path(path), map_location)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Removes file and manifest, of a checkpoint; a resumed one may name any file as its predecessor."""
         path = Path(path)
+        self._write_waiting()
         if path.suffix != SUFFIX or ".." in path.parts:
             raise UserError(f"{path} is no checkpoint of this run and is not removed: do not resume from this one")
         for file in (path, manifest_of(path)):

@@ -11,16 +11,12 @@ from typing import Any, Literal, NoReturn
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from ctxkv_lightning.run.checkpoint import FREE_SECONDS, WORTH
+
 log = logging.getLogger("ctxkv_lightning")
 
 EVERY_SECONDS = 600.0
 """Between two checkpoints inside an epoch: what a machine that dies may cost."""
-
-FREE_SECONDS = 0.2
-"""What a checkpoint at the end of each epoch may take, however short the epochs are."""
-
-WORTH = 10
-"""Seconds of training that a second of saving beyond that is worth."""
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 

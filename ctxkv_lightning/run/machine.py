@@ -41,6 +41,11 @@ def compile_pays(asked: str, accelerator: str, steps: int) -> bool:
     return asked == "on" or (asked == "auto" and uses_gpu(accelerator) and steps >= COMPILE_PAYS)
 
 
+def compile_mode(accelerator: str) -> str | None:
+    """How to compile: a GPU replays the compiled step as CUDA graphs, for a host launches its kernels more slowly."""
+    return "reduce-overhead" if uses_gpu(accelerator) else None
+
+
 def keep_freed_memory() -> None:
     """Makes glibc keep large freed blocks for the next step.
 

@@ -4,6 +4,7 @@ import csv
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,14 @@ def make_trainer(
     steps: int,
     callbacks: list[L.Callback],
     kept_steps: int = 0,
+    may_wait: Sequence[str] = (),
     **options: Any,
 ) -> L.Trainer:
     """A Trainer that logs `phase`, of so many steps an epoch, into the run folder; a progress bar where one is seen.
 
     `hardware` and `options` are the Trainer's own arguments, `options` having the last word;
     `enable_progress_bar` may be None for "in a terminal". `kept_steps` is where a resumed phase goes on: the rows
-    logged before it stay.
+    logged before it stay. `may_wait` names checkpoints that are not written after every short epoch.
     """
     hardware = dict(hardware)
     visible = hardware.pop("enable_progress_bar")
@@ -79,7 +81,7 @@ def make_trainer(
         **{**hardware, **options},
         default_root_dir=run.path,
         logger=KeptCSVLogger(str(run.path), phase, kept_steps),
-        plugins=[VerifiedCheckpointIO()],
+        plugins=[VerifiedCheckpointIO(may_wait)],
         log_every_n_steps=min(10, steps),
         num_sanity_val_steps=0,
         enable_model_summary=False,

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.run import checkpoint
 from ctxkv_lightning.run.checkpoint import BestCheckpoint, Patience, RandomState, VerifiedCheckpointIO, clear_aside
 from ctxkv_lightning.run.saved import manifest_of, newest_intact, read, steps_done, verify
 
@@ -77,6 +78,73 @@ def test_the_newest_is_found_by_time(tmp_path):
         save(tmp_path / name, step)
         os.utime(tmp_path / name, (step, step))
     assert newest_intact(tmp_path) == (tmp_path / "a.ckpt", [])
+
+
+def waiting(tmp_path, monkeypatch):
+    """An IO for which a second of writing is worth ten, on a disk that takes one; its `best.ckpt`."""
+    now = [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    replace = checkpoint._replace
+
+    def write(path, content):
+        replace(path, content)
+        now[0] += 1.2
+
+    monkeypatch.setattr(checkpoint, "_replace", write)
+    return VerifiedCheckpointIO(["best.ckpt"]), tmp_path / "best.ckpt", now
+
+
+def test_what_may_wait_is_written_again_once_it_is_worth_it(tmp_path, monkeypatch):
+    made, best, now = waiting(tmp_path, monkeypatch)
+    for step, at in ((1, 0.0), (2, 3.0), (3, 11.0), (4, 11.3), (5, 12.0)):
+        now[0] = at
+        made.save_checkpoint({"global_step": step}, best)
+        assert read(best)["global_step"] == {1: 1, 2: 1, 3: 1, 4: 4, 5: 4}[step]
+    made.teardown()
+    assert read(best)["global_step"] == 5
+
+
+def test_what_waits_is_as_it_was_when_it_was_saved(tmp_path, monkeypatch):
+    made, best, _ = waiting(tmp_path, monkeypatch)
+    weights = torch.ones(3)
+    for step in (1, 2):
+        made.save_checkpoint({"global_step": step, "weights": weights}, best)
+    weights += 1
+    assert torch.equal(made.load_checkpoint(best)["weights"], torch.ones(3)), "loading writes it first"
+    assert read(best)["global_step"] == 2
+
+
+@pytest.mark.parametrize("end", ["another", "remove", "teardown"])
+def test_nothing_is_written_or_removed_before_what_waits(tmp_path, monkeypatch, end):
+    """Another checkpoint may say what the best was, which must then be on the disk."""
+    made, best, _ = waiting(tmp_path, monkeypatch)
+    last, order, write = tmp_path / "last.ckpt", [], checkpoint._replace
+    monkeypatch.setattr(checkpoint, "_replace", lambda path, content: order.append(path.name) or write(path, content))
+    made.save_checkpoint({"global_step": 0}, last)
+    for step in (1, 2, 3):
+        made.save_checkpoint({"global_step": step}, best)
+    {
+        "another": lambda: made.save_checkpoint({"global_step": 3}, last),
+        "remove": lambda: made.remove_checkpoint(last),
+        "teardown": made.teardown,
+    }[end]()
+    assert order == ["last.ckpt", "best.ckpt", "best.ckpt", *(["last.ckpt"] if end == "another" else [])]
+    assert read(best)["global_step"] == 3
+
+
+def test_what_waits_and_cannot_be_written_is_said(tmp_path, monkeypatch):
+    made, best, _ = waiting(tmp_path, monkeypatch)
+    for step in (1, 2):
+        made.save_checkpoint({"global_step": step}, best)
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_replace", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        made.teardown()
+    made.teardown()
+    assert read(best)["global_step"] == 1
 
 
 def test_what_is_missing_is_named(tmp_path):

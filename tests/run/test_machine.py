@@ -17,6 +17,8 @@ from ctxkv_lightning.run import machine
 def test_compiling_must_earn_itself_back(monkeypatch, asked, gpu, steps, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert machine.compile_pays(asked, "auto", steps) is expected
+    assert machine.compile_mode("auto") == ("reduce-overhead" if gpu else None)
+    assert machine.compile_mode("cpu") is None
 
 
 @pytest.mark.parametrize(

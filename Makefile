@@ -67,9 +67,10 @@ OUT := hydra.sweep.dir=outputs/results
 
 results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it alone, three hours on two cores; RESULTS.md is made anew
 	$(BEST) seed=42,1,2 $(OUT)/best
-	$(BEST) seed=42,1,2 model=recurrence,sliding_window,transformer $(OUT)/best-rivals
-	$(BEST) seed=42,1,2 model=sliding_window model.window_tokens=104 recipe.pointer_window=310 $(OUT)/equal-bytes
-	$(BEST) seed=42,1,2 model=sliding_window model.window_tokens=40 recipe.pointer_window=500 $(OUT)/equal-bytes
+	$(BEST) seed=42,1,2 model=sliding_window,transformer $(OUT)/best-rivals
+	$(BEST) seed=42,1,2 model=recurrence recipe.pointer_window=602 $(OUT)/best-rivals
+	$(BEST) seed=42,1,2 model=sliding_window model.window_tokens=25 recipe.pointer_window=310 $(OUT)/equal-bytes
+	$(BEST) seed=42,1,2 model=sliding_window model.window_tokens=9 recipe.pointer_window=500 $(OUT)/equal-bytes
 	$(BEST) seed=42,1,2 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/without-pointer
 	$(BEST) seed=42,1,2 recipe.ngram=false $(OUT)/without-ngram
 	$(BEST) recipe.pointer_heads=0 recipe.pointer_values=false recipe.ngram=false $(OUT)/without-both
@@ -81,6 +82,9 @@ results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it
 	$(BEST) recipe.norm=post $(OUT)/without-pre-norm
 	$(BEST) recipe.context_dropout=0 $(OUT)/without-context-dropout
 	$(BEST) recipe.embedding_dropout=0 recipe.output_dropout=0 model.dropout=0.1 $(OUT)/without-dropout
+	$(BEST) model.layers=1 $(OUT)/without-deeper-layers
+	$(BEST) model.local_window=null $(OUT)/without-local-layers
+	$(BEST) interval=1 max_contexts=1 $(OUT)/without-attention-to-contexts
 	$(BEST) interval=20 $(OUT)/without-intervals
 	$(BEST) selection=grid $(OUT)/with-grid
 	$(BEST) train.batch_tokens=8880 $(OUT)/without-small-batch

@@ -1,4 +1,4 @@
-"""The GPU set in one command: Phase 2 at V=50,257, the contexts, the whole experiment at the published size.
+"""The GPU set in one command: Phase 2 at V=50,257, contexts, decoding, the whole experiment at the published size.
 
 The experiment runs through the real pipeline, Phase 1 to report, on synthetic tokens and a table of noise in place of
 GPT-2's: its perplexity means nothing, its times do. The published run took 97.9 s on an L4.
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ from benchmarks.workload import (
 from ctxkv_lightning import pipeline
 from ctxkv_lightning.config import Config, EmbeddingConfig, TrainConfig
 from ctxkv_lightning.errors import EXIT_CODE
+from ctxkv_lightning.lm import generate
+from ctxkv_lightning.lm.generate import Decoder, Keep
 from ctxkv_lightning.report.page import write_report
 from ctxkv_lightning.run.callbacks import Stages, announcing
 from ctxkv_lightning.run.folder import RunFolder
@@ -75,8 +78,23 @@ def phase2(sizes: Sizes, vocabulary: int, device: torch.device, steps: int, comp
     }
 
 
+def decoding(sizes: Sizes, vocabulary: int, device: torch.device, steps: int) -> dict[str, Any]:
+    """Milliseconds of a step of one text, its rings full, as a recorded graph and launched anew, by what is kept."""
+    model, token = our_model(random_table(vocabulary, sizes.D), sizes).to(device), torch.zeros(1, dtype=torch.long)
+    prompt, found = torch.from_numpy(zipf_tokens(sizes.history + 2, vocabulary)).long()[None].to(device), {}
+    for keep in get_args(Keep):
+        times = {}
+        for name, devices in (("eager", ()), ("graph", generate.GRAPHED)):
+            with patch.object(generate, "GRAPHED", devices):
+                decoder, now = Decoder(model, keep=keep), token.to(device)
+                decoder.read(prompt)
+                times[name] = 1e3 * statistics.median(_per_call(lambda d=decoder, t=now: d.step(t), steps))
+        found[keep] = {**times, "ratio": times["eager"] / times["graph"]}
+    return found
+
+
 def _per_call(call: Any, calls: int, runs: int = 5) -> list[float]:
-    """Seconds per call in each of some runs; the clock waits for the device once a run, as training does."""
+    """Seconds per call in each of some runs; the clock waits for the device once a run."""
 
     def run() -> None:
         for _ in range(calls):
@@ -140,18 +158,20 @@ def published_size() -> Config:
 
 
 def measure(quick: bool, device: torch.device) -> dict[str, Any]:
-    """The three measurements."""
+    """The four measurements."""
     if quick:
         config = replace(QUICK_CONFIG, embedding=EmbeddingConfig(source="random", dim=32))
         return {
             "phase2": {"eager": phase2(QUICK, 100, device, 1)},
             "contexts": contexts.measure(600, 50, QUICK.D, QUICK.C, device, 1),
+            "decoding": decoding(QUICK, 100, device, 2),
             "experiment": experiment(config, 3000, 500, 300),
         }
     return {
         "experiment": experiment(published_size(), TRAIN_TOKENS, HELD_OUT, V),
         "phase2": {name: phase2(FULL, V, device, 40, name == "compiled") for name in ("eager", "compiled")},
         "contexts": contexts.measure(LOOPED, V, FULL.D, FULL.C, device, 3),
+        "decoding": decoding(FULL, V, device, 200),
     }
 
 
@@ -165,6 +185,7 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
         [f"contexts of {solved['tokens']:,} tokens, s", f"{solved['ours']['median']:.3f}"],
         ["  times faster than the loop", f"{solved['ratio']['median']:.1f}"],
         ["  max error", f"{solved['max_error']:.1e}"],
+        *(row for keep, times in result["decoding"].items() for row in _decoding_rows(keep, times)),
         [f"whole experiment, {whole['epochs']} epochs, s", f"{whole['seconds']['total']:.2f}"],
         *stages,
         ["  Phase 2 in the trainer, tokens/s", f"{whole['tokens_per_second']:,.0f}"],
@@ -178,6 +199,13 @@ def _phase2_rows(mode: str, phase: dict[str, Any]) -> list[list[str]]:
         ["  % of bf16 peak", "unknown" if peak is None else f"{peak:.1f}"],
         ["  % of its bare products", f"{phase['percent_of_chain']:.0f}"],
         ["  first pass over 14 steps, s", f"{phase['first_pass_seconds']:.1f}"],
+    ]
+
+
+def _decoding_rows(keep: str, times: dict[str, float]) -> list[list[str]]:
+    return [
+        [f"decoding step over {keep}, ms", f"{times['graph']:.3f}"],
+        ["  times faster than launching it anew", f"{times['ratio']:.1f}"],
     ]
 
 

@@ -72,7 +72,7 @@ def text_name(run: findings.Run) -> str | None:
     if published:
         return published[0].name
     best, model = recipe.groups([run]), run["config"]["model"]["name"]
-    with_recipe = recipe.of(best) or recipe.of(best, model__name=model)
+    with_recipe = recipe.of(best) or recipe.of(best, **recipe.RIVALS.get(model, {"model.name": model}))
     return model + BEST if with_recipe else None
 
 

@@ -36,8 +36,8 @@ def compile_pays(asked: str, accelerator: str, steps: int) -> bool:
     """Whether to compile the model for a run of so many steps; `auto` decides, `on` and `off` are obeyed.
 
     On a CPU the compiled step is no faster than the eager one (benchmarks/compile.py). On an H200 compiling the
-    training step took 20 s and saves 2.5 ms of each (benchmarks/gpu.py), which some 8,000 steps earn back; `COMPILE_PAYS`
-    leaves as much for the validation step.
+    training step took 20 s and saves 2.5 ms of each (benchmarks/gpu.py): some 8,000 steps earn that back, and
+    `COMPILE_PAYS` leaves as much for the validation step.
     """
     return asked == "on" or (asked == "auto" and uses_gpu(accelerator) and steps >= COMPILE_PAYS)
 

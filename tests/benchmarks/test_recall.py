@@ -163,7 +163,7 @@ def as_run(*arguments):
         (["selection=grid"], "context_kv, grid"),
         (["model=transformer"], "transformer"),
         (["experiment=best"], "context_kv, best"),
-        (["experiment=best", "model=recurrence"], "recurrence, best"),
+        (["experiment=best", "model=recurrence", "recipe.pointer_window=602"], "recurrence, best"),
         (["seed=1"], None),
         (["interval=50"], None),
         (["samples=500"], None),

@@ -26,7 +26,7 @@ def made(ppl, *arguments, seed=42):
 def runs():
     return [
         *(made(ppl, seed=seed) for ppl, seed in ((40.0, 42), (50.0, 1), (60.0, 2))),
-        made(60.0, "model=recurrence"),
+        made(60.0, "model=recurrence", "recipe.pointer_window=602"),
         made(20.0, "model=transformer"),
         made(150.0, "recipe.pointer_heads=0", "recipe.pointer_values=false"),
         made(55.0, "recipe.ngram=false"),
@@ -47,7 +47,7 @@ def published(run):
 def test_runs_are_grouped_by_what_they_change(runs):
     found = recipe.groups(runs)
     assert [run["config"]["seed"] for run in recipe.of(found)] == [42, 1, 2]
-    assert len(recipe.of(found, model__name="recurrence")) == len(recipe.of(found, samples=500)) == 1
+    assert len(recipe.of(found, **recipe.RIVALS["recurrence"])) == len(recipe.of(found, samples=500)) == 1
     assert not recipe.of(found, model__name="sliding_window")
 
 
@@ -69,6 +69,22 @@ def test_levers_stand_by_what_they_are_worth_against_the_same_seed(runs):
         "1.002 ×",
         "1",
     ]
+
+
+@pytest.mark.parametrize(
+    ("ppl", "verdict"), [(39.0, "adds nothing that this"), (44.0, "something (without it, 1.100 ×)")]
+)
+def test_what_layers_are_worth_is_said_as_it_is(runs, ppl, verdict):
+    assert recipe.worth_of_layers(recipe.groups(runs)) == []
+    more = [
+        made(48.0, "model.layers=1"),
+        made(46.0, "model.local_window=null"),
+        made(ppl, "interval=1", "max_contexts=1"),
+    ]
+    (said,) = recipe.worth_of_layers(recipe.groups([*runs, *more]))
+    assert "alone is at a validation PPL of 48.0, four that all read the same contexts at 46.0, one and three" in said
+    assert f"local ones at 40.0; with no context but the current one in reach of the first, it is {ppl}" in said
+    assert verdict in said
 
 
 def test_sentences_follow_the_numbers(runs):

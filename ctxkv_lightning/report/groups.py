@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ctxkv_lightning.report.runs import Run, reads
 
-SEED = "seed"
+SEED, MODEL = "seed", "model.name"
 MOST_LINES = 8
 MISSING: Any = object()
 """Stands for the value of a key that a run does not have, which is not a `null`."""
@@ -58,7 +58,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
     """The keys with several values among the runs that have them: the model first, the seed last."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     several = [key for key in keys if len({run.settings[key] for run in runs if key in run.settings}) > 1]
-    return sorted(several, key=lambda key: (key == SEED) - (key == "model.name"))
+    return sorted(several, key=lambda key: (key == SEED) - (key == MODEL))
 
 
 def grouped(runs: Sequence[Run], keys: Iterable[str]) -> list[Group]:
@@ -87,12 +87,24 @@ class Axis:
 
 
 def axes_of(groups: Sequence[Group], keys: Iterable[str]) -> list[Axis]:
-    """An axis for each key but the seed; keys that split the groups in the same way share one."""
+    """An axis for each key but the seed; keys that split the groups in the same way share one.
+
+    So do those that the model alone decides: along an axis of their own, models would be compared.
+    """
     companions: dict[tuple[int, ...], list[str]] = {}
-    for key in keys:
-        if key != SEED:
-            companions.setdefault(_partition(groups, key), []).append(key)
+    keys = [key for key in keys if key != SEED]
+    for key in sorted(keys, key=lambda key: key != MODEL):  # first, for others to join it
+        decided = key != MODEL and MODEL in keys and _decided_by_model(groups, key)
+        companions.setdefault(_partition(groups, MODEL if decided else key), []).append(key)
     return [_axis(groups, key, tuple(others)) for key, *others in companions.values()]
+
+
+def _decided_by_model(groups: Sequence[Group], key: str) -> bool:
+    """Whether all models have this key, each one value of it."""
+    values: dict[str, set[Any]] = {}
+    for group in groups:
+        values.setdefault(group.settings[MODEL], set()).add(group.settings.get(key, MISSING))
+    return all(len(each) == 1 and MISSING not in each for each in values.values())
 
 
 def _partition(groups: Sequence[Group], key: str) -> tuple[int, ...]:

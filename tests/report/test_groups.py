@@ -65,6 +65,23 @@ def test_keys_that_change_together_share_an_axis() -> None:
     assert [(axis.key, axis.companions) for axis in axes] == [("interval", ("max_contexts",)), ("samples", ())]
 
 
+def test_what_the_model_alone_decides_is_no_axis_of_its_own() -> None:
+    """Of recurrence with another rate than the rest: both would be compared, at whatever number of documents."""
+
+    def rated(val_ppl: float, rate: float, **choice: Any) -> Run:
+        metrics = model_metrics(val_ppl=val_ppl, **choice)
+        metrics["config"]["train"]["lr"] = rate
+        return as_run("x", metrics)
+
+    runs = [rated(5, 0.1), rated(4, 0.1, samples=200), rated(6, 0.1, model="transformer")]
+    runs.append(rated(7, 0.2, model="recurrence"))
+    axes = axes_of(grouped(runs, differing(runs)), differing(runs))
+    assert [(axis.key, axis.companions) for axis in axes] == [("model.name", ("train.lr",)), ("samples", ())]
+    runs.append(rated(3, 0.2))
+    axes = axes_of(grouped(runs, differing(runs)), differing(runs))
+    assert [axis.key for axis in axes] == ["model.name", "samples", "train.lr"]
+
+
 @pytest.mark.parametrize(
     ("values", "scale", "order"),
     [

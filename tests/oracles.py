@@ -181,7 +181,8 @@ def mixed_probabilities(
         evidence.append(torch.stack(scores).logsumexp(0).clamp_min(-20) / 10 if scores else torch.tensor(-2.0))
     if pointer.value is not None:
         embeddings = torch.stack([F.layer_norm(row, row.shape) for row in table])
-        state = state + pointer.value(torch.cat([p @ embeddings for p in voices]))
+        believed = 1 if own is None else len(past) / pointer.window
+        state = state + believed * pointer.value(torch.cat([p @ embeddings for p in voices]))
     voices.insert(0, (table @ output.projection(state) + output.bias).softmax(dim=0))
     if output.ngram is not None:
         before = int(tokens[t - 1]) if t else len(table)

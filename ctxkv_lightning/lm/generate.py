@@ -52,7 +52,8 @@ class Decoder:
     `device="meta"` makes a state that takes no memory, to be measured.
 
     With `writing`, what comes after the prompt is the model's own words, which a pointer is not shown: it would point
-    at them, write them again, and soon nothing else. Its share is cut to how much of its window it may point at.
+    at them, write them again, and soon nothing else. Its share, and what is read of what it points at, are cut to how
+    much of its window it may point at.
     """
 
     def __init__(
@@ -260,11 +261,11 @@ class Decoder:
         exists = ((back <= position) & (followers >= 0))[:, None, None]
         scores = (asked @ rows[:, None].transpose(-1, -2)).float()
         followers = followers.clamp_min(0)
-        pointed = pointer.weigh(slice(0, 1), state, scores, back, exists, followers, self.model.table)
+        told = (slice(0, 1), state, scores, back, exists, followers, self.model.table)
         if not self.writing:
-            return pointed
+            return pointer.weigh(*told)
         filled = exists.sum(dim=-1).transpose(1, 2) / window
-        return pointed._replace(trust=filled.log().clamp_min(NEVER))
+        return pointer.weigh(*told, filled)._replace(trust=filled.log().clamp_min(NEVER))
 
     def _attend_to_contexts(self, number: int, hidden: Tensor) -> Tensor:
         """The heads' outputs (B, H, 1, d) over the rings of contexts.

@@ -88,12 +88,16 @@ class CachePointer(nn.Module):
         exists: Tensor,
         followers: Tensor,
         table: Tensor,
+        believed: Tensor | float = 1.0,
     ) -> Pointed:
-        """What is pointed at from final states (B, n, D), given scores (B, P, n, m) of keys at distances (n, m)."""
+        """What is pointed at from final states (B, n, D), given scores (B, P, n, m) of keys at distances (n, m).
+
+        `believed` is the part, (B, 1, 1) or one for all, of what is pointed at that is read into the states.
+        """
         scores = (scores - self.recency[:, None, None] * distance.log()).masked_fill(~exists, NEVER)
         evidence = scores.logsumexp(dim=-1, keepdim=True)
         weights = (scores - evidence).exp() * exists
-        hidden = hidden if self.value is None else hidden + self._read(weights, followers, table)
+        hidden = hidden if self.value is None else hidden + believed * self._read(weights, followers, table)
         trust = torch.where(exists.any(dim=-1).transpose(1, 2), 0.0, NEVER)
         return Pointed(rows, evidence[..., 0].transpose(1, 2), trust, weights, followers, hidden)
 

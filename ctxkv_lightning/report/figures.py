@@ -140,16 +140,16 @@ def attention(metrics: dict[str, Any]) -> Figure | None:
     colours = [INK] if len(groups) == 1 else [PALETTE[i] for i in evenly(len(groups))]
     for group, colour in zip(groups, colours, strict=True):
         members = [weights for weights, distances in zip(heads, back, strict=True) if distances == group]
-        end = _draw_heads(axes, group, members, colour)
+        end = _draw_heads(axes, group, members, colour, f"{count(len(members), 'head')}, {_interval(group)}")
         if len(groups) == 1:
             labels.append((end, f"mean of {len(members)} heads" if len(members) > 1 else "the one head", colour))
-        else:  # the lines end at distances of their own
-            _label_below(axes, group, end, f"{count(len(members), 'head')},\n{_interval(group)}", colour)
     axes.set(ylabel="mean attention weight", xlabel=label)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     _distance_axis(axes, groups)
     label_ends(axes, labels)
+    if len(groups) > 1:  # lines that end at distances of their own, often side by side
+        axes.legend(frameon=False, labelcolor="linecolor", fontsize=9.5)
     return figure
 
 
@@ -165,19 +165,14 @@ def _distances(metrics: dict[str, Any], heads: list[list[float]]) -> tuple[list[
     return [tuple(distances) for distances in given], label
 
 
-def _draw_heads(axes: Axes, back: tuple[float, ...], heads: list[list[float]], colour: str) -> float:
+def _draw_heads(axes: Axes, back: tuple[float, ...], heads: list[list[float]], colour: str, name: str) -> float:
     """Draws heads that look at the same distances, thin, and their mean; returns where that ends."""
     mean = [sum(weights) / len(heads) for weights in zip(*heads, strict=True)]
     if len(heads) > 1:
         for weights in heads:
             axes.plot(back, weights, color=BLUE if colour == INK else colour, linewidth=0.8, alpha=0.55)
-    axes.plot(back, mean, color=colour, linewidth=2.6, **dots(len(back)), clip_on=False, zorder=3)
+    axes.plot(back, mean, color=colour, linewidth=2.6, **dots(len(back)), clip_on=False, zorder=3, label=name)
     return mean[-1]
-
-
-def _label_below(axes: Axes, back: tuple[float, ...], end: float, text: str, colour: str) -> None:
-    at = (back[-1], end)
-    axes.annotate(text, at, xytext=(0, -9), textcoords="offset points", ha="center", va="top", color=colour, size=9.5)
 
 
 def _interval(back: tuple[float, ...]) -> str:
@@ -190,9 +185,6 @@ def _distance_axis(axes: Axes, groups: list[tuple[float, ...]]) -> None:
         # From 0 to its smallest step the axis is linear, beyond that logarithmic: near and far in one picture.
         axes.set_xscale("symlog", linthresh=min(back[1] for back in groups))
         axes.set_xlim(0, far)
-        top = axes.get_ylim()[1]
-        axes.set_ylim(-0.16 * top, top)  # room for what stands below the ends
-        axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= top])
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         return
     axes.set_xlim(-0.02 * far if M > 1 else -1, far)

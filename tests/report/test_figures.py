@@ -142,9 +142,12 @@ def test_heads_of_one_interval_share_a_line() -> None:
     assert list(thick[1].get_ydata()) == [
         pytest.approx((a + b) / 2) for a, b in zip(weights[2], weights[3], strict=True)
     ]
-    said = [text.get_text() for text in axes.texts]
-    assert said == ["2 heads,\nevery 1", "2 heads,\nevery 5", "2 heads,\nevery 20", "2 heads,\nevery 80", "uniform 1/4"]
-    assert all("-" not in label.get_text() for label in axes.get_yticklabels())
+    legend = axes.get_legend()
+    assert legend is not None
+    said = [text.get_text() for text in (*legend.get_texts(), *axes.texts)]
+    assert said == ["2 heads, every 1", "2 heads, every 5", "2 heads, every 20", "2 heads, every 80", "uniform 1/4"]
+    colours = [(text.get_color(), line.get_color()) for text, line in zip(legend.get_texts(), thick, strict=True)]
+    assert all(one == other for one, other in colours)
 
 
 def test_two_encoders_are_told_apart() -> None:

@@ -88,7 +88,7 @@ def reads(run: findings.Run) -> int | None:
         case "context_kv":
             return int(run["config"]["max_contexts"])
         case "sliding_window":
-            return int(run["window"]["span_tokens"])
+            return (int(run["window"]["span_tokens"]) - 1) // run["config"]["model"].get("layers", 1) + 1
         case _:
             return None
 

@@ -364,9 +364,11 @@ def worth_of_levers(found: dict[Key, list[Run]]) -> list[str]:
 def time_and_text(found: dict[Key, list[Run]], published: Published) -> list[str]:
     """What the recipe costs, and what it lacks."""
     best, said = of(found), []
-    alike = [run for run in published.get(100, []) if run["machine"]["device"] == best[0]["machine"]["device"]]
-    if alike:
-        own, theirs = (statistics.mean(run["seconds"]["train"] for run in runs) for runs in (best, alike))
+    on_cpu, alike = (
+        [run for run in runs if run["machine"]["device"] == "cpu"] for runs in (best, published.get(100, []))
+    )
+    if on_cpu and alike:
+        own, theirs = (statistics.mean(run["seconds"]["train"] for run in runs) for runs in (on_cpu, alike))
         said.append(
             f"Phase 2 took {own:.0f} s with the recipe, {theirs:.0f} s without it ({own / theirs:.2f} ×), one thread "
             "each, not side by side, on machines that had other work too."

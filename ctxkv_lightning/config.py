@@ -116,10 +116,20 @@ class Config:
             setattr(target, name, getattr(default, name))
         return kept
 
+    @property
+    def _attends_to_tokens(self) -> bool:
+        local = self.model.layers > 1 and self.model.local_window is not None
+        return self.model.name in ("transformer", "sliding_window") or (self.model.name == "context_kv" and local)
+
     def _contradictions(self) -> list[str]:
         found = [*self._interval_problems()]
         if self.heads >= 1 and self.embedding.dim % self.heads:
             found.append(f"heads={self.heads} does not divide embedding.dim={self.embedding.dim}")
+        elif self._attends_to_tokens and self.heads >= 1 and self.embedding.dim // self.heads % 2:
+            found.append(
+                f"heads={self.heads} leaves an odd number of the {self.embedding.dim} dimensions to each, of which "
+                "rotary positions turn pairs: choose another number of heads"
+            )
         if self.data.source in ("text", "jsonl") and not self.data.files:
             found.append(f"data={self.data.source} needs files, for example 'data.files=[notes/*.jsonl]'")
         if self.data.source not in ("text", "jsonl") and self.data.files:

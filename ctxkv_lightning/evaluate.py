@@ -97,8 +97,10 @@ def common_lags(configs: Sequence[Config]) -> list[int]:
 def edges_of(config: Config) -> set[int]:
     """Lags at which what a run can read changes: of its selection, its window of tokens, its pointer's window."""
     found = set(edges(config.intervals, config.max_contexts)) if config.model.name == "context_kv" else set()
+    if config.model.name == "context_kv" and config.local_reach:
+        found |= {lag + config.local_reach for lag in found}  # contexts that states of tokens before have read
     if config.model.name == "sliding_window":
-        found |= {config.window_tokens + side for side in (-1, 0, 1)}
+        found |= {config.model.layers * (config.window_tokens - 1) + 1 + side for side in (-1, 0, 1)}
     if config.recipe.pointer_heads:
         found |= {config.recipe.pointer_window + side for side in (-1, 0, 1)}
     return {lag for lag in found if lag >= 1}

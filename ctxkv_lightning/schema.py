@@ -105,7 +105,7 @@ class ModelConfig:
     name: str = choice("context_kv", "cascade", "transformer", "sliding_window", "recurrence")
     window_tokens: int | None = number(None, at_least=1)
     """For `sliding_window`: tokens whose keys and values are kept in each layer; null: as many as fit into the bytes
-    that `context_kv` would keep with the same interval, max_contexts, selection and context_dim."""
+    that `context_kv` would keep with the same interval, max_contexts, selection, context_dim and layers."""
     dropout: float = number(0.1, at_least=0, below=1)
     ffn_dim: int = number(3072, at_least=1)
     layers: int = number(1, at_least=1)

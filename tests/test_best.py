@@ -10,7 +10,7 @@ import yaml
 
 from ctxkv_lightning import ContextKVLM, pipeline
 from ctxkv_lightning.__main__ import main
-from ctxkv_lightning.config import RecipeConfig, TrainConfig, load_config
+from ctxkv_lightning.config import ModelConfig, RecipeConfig, TrainConfig, load_config
 from ctxkv_lightning.datamodule import ContextDataModule
 from ctxkv_lightning.door import check_command_line, identity
 from ctxkv_lightning.errors import UserError
@@ -163,6 +163,18 @@ def test_weights_of_another_recipe_are_no_start(tmp_path):
     for recipe in (RecipeConfig(), RecipeConfig(norm="pre")):
         with pytest.raises(UserError, match="does not fit this model"):
             pipeline.run_experiment(replace(config, recipe=recipe, init_from=str(run)), tmp_path / recipe.norm)
+
+
+def test_weights_of_layers_that_read_something_else_are_no_start(tmp_path):
+    """Which have the same names and sizes where a context is as wide as an embedding."""
+    sizes = {"context_dim": 32, "train": replace(TRAIN, max_epochs=1)}
+    layers = {"layers": 2, "ffn_dim": 64}
+    run = small_run(tmp_path, **sizes)
+    config = replace(load_config(RunFolder(run)), model=ModelConfig(**layers))
+    pipeline.run_experiment(config, tmp_path / "first")
+    local = replace(config, init_from=str(tmp_path / "first"), model=ModelConfig(**layers, local_window=4))
+    with pytest.raises(UserError, match="read contexts in one, tokens in the other"):
+        pipeline.run_experiment(local, tmp_path / "second")
 
 
 def test_a_checkpoint_from_before_there_were_recipes_and_layers_still_opens(tmp_path):

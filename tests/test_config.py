@@ -195,6 +195,13 @@ def test_an_interval_for_each_head():
     assert plain.intervals == (20,) * 4
 
 
+@pytest.mark.parametrize("model", ["model=transformer", "model=sliding_window", "model.layers=2 model.local_window=4"])
+def test_rotary_positions_need_pairs(model):
+    with pytest.raises(UserError, match="heads=8 leaves an odd number of the 264"):
+        check_command_line(["embedding.dim=264", *model.split()])
+    check_command_line(["embedding.dim=264", "model.layers=2"])
+
+
 def test_bytes_kept_decide_the_sliding_window():
     (config,) = check_command_line(["model=sliding_window"])
     assert config.kept_contexts == 621

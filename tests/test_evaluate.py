@@ -12,6 +12,7 @@ import pytest
 from ctxkv_lightning import evaluate, pipeline
 from ctxkv_lightning.__main__ import main
 from ctxkv_lightning.config import DataConfig, TokenizerConfig, load_config
+from ctxkv_lightning.door import check_command_line
 from ctxkv_lightning.lm.generate import state_bytes
 from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.text.mqar import Task
@@ -58,6 +59,14 @@ def _few_lags(monkeypatch):
 
 def written(run):
     return json.loads((run / "evaluation.json").read_text())
+
+
+def test_lags_are_asked_at_the_edges_of_what_layers_read_together():
+    (deep,) = check_command_line(["model=sliding_window", "model.layers=4", "model.window_tokens=25"])
+    assert evaluate.edges_of(deep) == {96, 97, 98, 4 * 24 + 1}
+    (plain,) = check_command_line(["max_contexts=4"])
+    (local,) = check_command_line(["max_contexts=4", "model.layers=4", "model.local_window=16"])
+    assert evaluate.edges_of(local) == evaluate.edges_of(plain) | {lag + 45 for lag in evaluate.edges_of(plain)}
 
 
 def test_runs_are_compared_side_by_side(runs, tmp_path, capsys):

@@ -8,6 +8,7 @@ dense block of keys. Exact to rounding, no gather, and differentiable on every d
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Literal
 
 import torch
@@ -31,7 +32,7 @@ def strided_attention(
 
     The first S ≥ 0 keys are history; query i stands at key S+i and reads keys S+i, S+i-I, …, at most
     M of them. Those before key 0, or before key `first[b]` of row b if `first` (B,) is given, do
-    not exist and get no weight. `first` must not exceed S: a query always sees its own context.
+    not exist and get no weight, but that a query always sees its own: one before `first[b]` sees nothing else.
     """
     B, H, T, d = query.shape
     if T == 0:
@@ -49,7 +50,8 @@ def strided_attention(
     keys, values = (_windows(_fold(x, 0, tail, interval), first_row, before, blocks, size, extra) for x in (key, value))
     mask = _band_mask(size, max_contexts, blocks, first_row, query.device)
     if first is not None:
-        mask = mask & _exists(first, size + before, blocks, size, first_row, interval)
+        own = torch.ones(size, size + before, dtype=torch.bool, device=mask.device).triu(before).tril(before)
+        mask = mask & (_exists(first, size + before, blocks, size, first_row, interval) | own)
     mixed = _dense_blocks(queries, keys, values, mask)
     rows = mixed.reshape(B, H, interval, blocks * size, d)[..., :Q, :]
     unfolded = rows.transpose(2, 3).reshape(B, H, Q * interval, d)
@@ -186,7 +188,7 @@ def of_heads(x: Tensor, heads: list[int]) -> Tensor:
     """What belongs to these heads, in ascending order, of (B, H, ...); a view where they stand side by side."""
     if heads[-1] - heads[0] == len(heads) - 1:
         return x[:, heads[0] : heads[-1] + 1]
-    return x[:, heads]
+    return x.index_select(1, _index(tuple(heads), x.device))
 
 
 def in_order(parts: list[Tensor], groups: Iterable[list[int]]) -> Tensor:
@@ -194,7 +196,15 @@ def in_order(parts: list[Tensor], groups: Iterable[list[int]]) -> Tensor:
     together, order = torch.cat(parts, dim=1), [head for heads in groups for head in heads]
     if order == sorted(order):
         return together
-    return together[:, torch.tensor(order, device=together.device).argsort()]
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return together.index_select(1, _index(tuple(places), together.device))
+
+
+@cache
+def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """These heads as a tensor, made once: a step must not copy from the host where it is recorded as a graph."""
+    with torch.inference_mode(False):  # training may be next to use it
+        return torch.tensor(heads, device=device)
 
 
 def head_groups(intervals: Sequence[int]) -> dict[int, list[int]]:

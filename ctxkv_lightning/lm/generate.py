@@ -34,6 +34,9 @@ CHUNK = 1 << 16
 GRAPHED = ("cuda",)
 """Devices on which steps are recorded, once they are `steady`, and replayed."""
 
+RECORDED_AFTER = 16
+"""Such steps that are launched first: recording takes as long as many, and a step must have run once."""
+
 DEEP_ROWS = 1 << 11
 """Tokens of a prompt that go through a layer of full attention at a time."""
 
@@ -71,6 +74,7 @@ class Decoder:
         self.state: dict[str, Tensor] = {}
         self._at: int | Tensor = 0  # the position, as a step reads it
         self._graph: StepGraph | None = None
+        self._launched = 0  # steps since they are steady
         self.rings: dict[str, Ring] = {}  # by name in the state
         self.reads: list[Reads] = []  # of each layer
         self.pairs: set[str] = set()  # the names of rings of keys and values
@@ -86,8 +90,10 @@ class Decoder:
         """Logits (B, V) of what follows after tokens (B,), which are read now; with a recipe's output, log p itself."""
         inputs = (tokens, *self._counted(tokens))
         if self._graph is None and self.device.type in GRAPHED and self.steady:
-            self._at = torch.tensor(self.position, device=self.device)
-            self._graph = StepGraph(self._step, inputs)
+            self._launched += 1
+            if self._launched > RECORDED_AFTER:
+                self._at = torch.tensor(self.position, device=self.device)
+                self._graph = StepGraph(self._step, inputs)
         if self._graph is not None:
             self.position += 1
             return self._graph(*inputs)
@@ -342,7 +348,7 @@ class Decoder:
         """The state after these tokens (B, n), as if they had been read one by one."""
         n = tokens.shape[1]
         start = max(0, n - local_reach(self._layers)) if not self.grows else 0
-        if isinstance(self.model, ContextKVLM):
+        if isinstance(self.model, ContextKVLM) and start < n:
             start -= start % self.model.alignment
         contexts, first = self._fill_contexts(tokens, start) if self._encoders else (tokens, n)
         if self.grows:

@@ -15,9 +15,10 @@ class StepGraph:
 
     def __init__(self, step: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
         self.inputs = [x.clone() for x in inputs]
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = step(*self.inputs)
+        with torch.cuda.device(inputs[0].device):  # the current one may be another, whose stream would record nothing
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.output = step(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """A tensor of its own, which the next replay leaves alone."""

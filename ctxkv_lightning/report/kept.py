@@ -103,19 +103,20 @@ def decoder_section(metrics: Metrics) -> list[str]:
     """What a decoder keeps after so many tokens: counted from its tensors, or by formula in old metrics."""
     if "decode_state" not in metrics:
         return _decoder_by_formula(metrics)
-    state, D = metrics["decode_state"], metrics["config"]["embedding"]["dim"]
+    state, config = metrics["decode_state"], metrics["config"]
+    pair = 2 * config["embedding"]["dim"] * config["model"].get("layers", 1)
     tensors = [(f"`{name}`", " × ".join(f"{n:,}" for n in shape)) for name, shape in state["tensors"].items()]
     grows = metrics["window"]["span_tokens"] is None
-    head = ("Tokens read", "Bytes", "MB", *(() if grows else ("Full attention of the same width, MB",)))
+    head = ("Tokens read", "Bytes", "MB", *(() if grows else ("Full attention of the same width and depth, MB",)))
     rows = [
-        (f"{int(n):,}", f"{count:,}", megabytes(count), *(() if grows else (megabytes(int(n) * 2 * D * 4),)))
+        (f"{int(n):,}", f"{count:,}", megabytes(count), *(() if grows else (megabytes(int(n) * pair * 4),)))
         for n, count in state["bytes"].items()
     ]
     note = (
-        "Counted from the tensors of a real decoder of one text, in fp32, for one layer. "
+        "Counted from the tensors of a real decoder of one text, in fp32. "
         "In all tables MB is 2^20 bytes, and KB is 1,000 bytes."
     )
-    shapes = table(("Tensor, after 1,000 tokens", "Shape"), tensors)
+    shapes = table(("Tensor, after 10,000 tokens", "Shape"), tensors)
     return ["## What a decoder keeps", shapes, table(head, rows, left=0), note]
 
 

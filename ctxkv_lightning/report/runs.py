@@ -21,6 +21,8 @@ NO_EFFECT = ("cache_dir", "embeddings", "trainer.enable_progress_bar")
 """Keys that change no number of a run."""
 
 LATER = {
+    "model.layers": 1,
+    "model.local_window": None,
     "recipe.norm": "post",
     "recipe.train_embedding": False,
     "recipe.embedding_dropout": 0.0,
@@ -156,12 +158,13 @@ def settings(metrics: Metrics) -> dict[str, Any]:
     name, values = config["model"]["name"], dict(leaves(config))
     values |= {key: value for key, value in LATER.items() if key not in values}
     voices = bool(values["recipe.pointer_heads"]), bool(values["recipe.ngram"])
-    unread = (*NO_EFFECT, *unread_keys(name, *voices, values["train.schedule"], values["data.source"]))
+    layers = values["model.layers"]
+    unread = (*NO_EFFECT, *unread_keys(name, *voices, values["train.schedule"], values["data.source"], layers))
     kept = {key: _hashable(value) for key, value in values.items() if not _below(key, unread)}
     if kept.get("samples", 0) is None:
         kept["samples"] = metrics["data"]["train_documents"]
     if name == "sliding_window" and kept.get("model.window_tokens") is None:
-        kept["model.window_tokens"] = metrics["window"]["span_tokens"]
+        kept["model.window_tokens"] = (metrics["window"]["span_tokens"] - 1) // layers + 1
     return kept
 
 

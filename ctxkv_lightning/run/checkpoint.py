@@ -42,7 +42,8 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
     """Writes beside, flushes, renames; keeps a manifest; reads only what its manifest vouches for.
 
     Checkpoints named in `may_wait` are kept in memory while less time has gone by since the last one than writing it is
-    worth, and written then, before any other checkpoint is written or read, or when the trainer ends, however it does.
+    worth, and written then, before any other checkpoint is written or read, or when the trainer ends: by an exception
+    too, but not if the process is killed or its GPU fails.
     """
 
     def __init__(self, may_wait: Sequence[str] = ()) -> None:
@@ -61,7 +62,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         if path.name not in self.may_wait:
             self._write(checkpoint, path)
         elif time.monotonic() < self._next:
-            self._waiting = path, copy.deepcopy(checkpoint)
+            self._waiting = path, apart(checkpoint)
         else:
             started = time.monotonic()
             self._write(checkpoint, path)
@@ -101,6 +102,17 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             raise UserError(f"{path} is no checkpoint of this run and is not removed: do not resume from this one")
         for file in (path, manifest_of(path)):
             file.unlink(missing_ok=True)
+
+
+def apart(content: Any) -> Any:
+    """A copy, in the host's memory: a GPU may have no room for a second model."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return {key: apart(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return type(content)(apart(value) for value in content)
+    return copy.deepcopy(content)
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -1,8 +1,12 @@
 """A decoder computes what the parallel model computes, and keeps no more than it says."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ctxkv_lightning.context.solve import solve_contexts
 from ctxkv_lightning.lm import generate
@@ -40,6 +44,8 @@ MODELS = {
     "recipe_deep_transformer": lambda: TransformerLM(V, D, H, 48, 0.1, None, C, RECIPE, layers=2),
     "recipe_deep_sliding_window": lambda: TransformerLM(V, D, H, 48, 0.1, 7, C, RECIPE, layers=3),
     "recipe_deep_recurrence": lambda: RecurrenceLM(V, D, C, 48, 0.1, RECIPE, layers=2),
+    "interleaved": lambda: ContextKVLM(V, D, C, H, [1, 8, 1, 8], 4, 48, 0.1),
+    "recipe_unordered": lambda: ContextKVLM(V, D, C, H, [3, 1, 8, 1], 4, 48, 0.1, recipe=RECIPE),
     "recipe_own_ring": lambda: ContextKVLM(
         V, D, C, H, 5, 4, 48, 0.1, recipe={**RECIPE, "pointer_window": 9, "pointer_values": False}
     ),
@@ -109,19 +115,49 @@ def test_a_prompt_leaves_the_state_of_stepping_through_it(name, length, keep):
         torch.testing.assert_close(fast.step(token), slow.step(token), atol=1e-4, rtol=0)
 
 
+class Recorded(TorchDispatchMode):
+    """The operations of a block with what they were given; refuses those that ask the host, or take from it."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operation, types, given=(), options=None):
+        name = operation.name()
+        assert not re.search("lift_fresh|_local_scalar_dense|nonzero|is_nonzero", name), f"{name} cannot be recorded"
+        made = operation(*given, **(options or {}))
+        self.calls.append((operation, given, options or {}, made))
+        return made
+
+
 class Replayed:
-    """What a CUDA graph does, on any device: the same operations on the same tensors, and no number of the host."""
+    """What a CUDA graph does, on any device: it records a step and runs nothing of Python when it is replayed."""
 
     made = 0
 
     def __init__(self, step, inputs):
         Replayed.made += 1
-        self.step, self.inputs = step, [x.clone() for x in inputs]
+        decoder = step.__self__
+        self.inputs, kept = [x.clone() for x in inputs], [*decoder.state.values(), decoder._at]
+        before = [x.clone() for x in kept]
+        with Recorded() as self.tape:
+            self.output = step(*self.inputs)
+        for x, was in zip(kept, before, strict=True):  # recording runs nothing
+            x.copy_(was)
 
     def __call__(self, *inputs):
         for kept, given in zip(self.inputs, inputs, strict=True):
             kept.copy_(given)
-        return self.step(*self.inputs).clone()
+        now = {}
+
+        def current(x):
+            return now.get(id(x), x) if isinstance(x, torch.Tensor) else x
+
+        for operation, given, options, made in self.tape.calls:
+            again = operation(*tree_map(current, given), **tree_map(current, options))
+            outputs, renewed = tree_leaves(made), tree_leaves(again)
+            now.update((id(old), new) for old, new in zip(outputs, renewed, strict=True))
+        return current(self.output).clone()
 
 
 NEVER_STEADY = {name for name in MODELS if "grid" in name or name.removeprefix("recipe_").endswith("transformer")}
@@ -134,6 +170,7 @@ def test_replayed_steps_equal_the_parallel_pass_at_every_position(name, length, 
     """From where the rings are full, over and over; what grows, or is a grid, is never replayed."""
     monkeypatch.setattr(generate, "StepGraph", Replayed)
     monkeypatch.setattr(generate, "GRAPHED", ("cpu",))
+    monkeypatch.setattr(generate, "RECORDED_AFTER", 3)
     monkeypatch.setattr(Replayed, "made", 0)
     model, tokens = made(name), torch.randint(0, V, (90,))
     decoder = Decoder(model, keep=keep)
@@ -166,6 +203,7 @@ def test_a_writer_is_not_pointed_at_its_own_words(name, length):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(generate, "StepGraph", Replayed)
             patch.setattr(generate, "GRAPHED", ("cpu",) if replayed else ())
+            patch.setattr(generate, "RECORDED_AFTER", 1)
             check_writer(model, tokens, length, contexts, hidden)
 
 
@@ -202,6 +240,15 @@ def test_a_published_decoder_keeps_its_window_and_on_the_grid_exactly_max_contex
     assert state_bytes(strided, 1, "kv") == 620 * 2 * 768 * 4 + 256 * 4
     assert state_bytes(TransformerLM(50, 768, 8, 8, 0.0), 1_000) == 1_000 * 2 * 768 * 4
     assert state_bytes(TransformerLM(50, 768, 8, 8, 0.0, 103), 10**6) == 102 * 2 * 768 * 4
+
+
+def test_the_parts_in_which_a_prompt_is_read_do_not_show(monkeypatch):
+    for name in ("DEEP_ROWS", "ROWS_AT_A_TIME", "CHUNK"):
+        monkeypatch.setattr(generate, name, 7 if name == "DEEP_ROWS" else 17)
+    for name in ("recipe_deep_transformer", "deep_sliding_window", "recipe_local", "local_grid"):
+        model, tokens = made(name), torch.randint(0, V, (60,))
+        found = Decoder(model).read(tokens[None])
+        torch.testing.assert_close(found[0], parallel_logits(model, tokens)[-1], atol=1e-4, rtol=0)
 
 
 def test_nothing_is_allocated_for_the_state_while_stepping():

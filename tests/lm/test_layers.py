@@ -124,6 +124,11 @@ def test_history_is_what_the_data_module_is_asked_for():
             assert reach(config) == (module.model.history, module.model.alignment)
 
 
+def test_history_of_a_sliding_window_is_one_window_for_each_layer():
+    (config,) = check_command_line(["model=sliding_window", "model.layers=3", "model.window_tokens=9"])
+    assert reach(config) == (3 * 8, 1)
+
+
 def test_a_local_layer_keeps_its_window_and_no_more():
     one, three = (state_bytes(ContextKVLM(V, D, C, H, 5, 4, 16, layers=n, local_window=7), 99) for n in (1, 3))
     assert three - one == 2 * 6 * 2 * D * 4

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.report import page
+from ctxkv_lightning.report.kept import decoder_section
 from ctxkv_lightning.report.markdown import table, thinned
 from ctxkv_lightning.report.page import render, summary, summary_table, write_report
 from ctxkv_lightning.run.folder import RunFolder
@@ -293,3 +294,11 @@ def test_the_terminal_table_leaves_out_a_phase_that_was_not() -> None:
     assert "82.2 %, 80.0 %" in said
     assert said.count("converged") == 2
     assert max(map(len, said.splitlines())) <= 80
+
+
+def test_full_attention_is_counted_at_the_same_depth() -> None:
+    metrics = model_metrics()
+    for layers, full in ((1, "58.59"), (4, "234.38")):
+        metrics["config"]["model"]["layers"] = layers
+        text = "\n".join(decoder_section(metrics))
+        assert cells(text, "10,000", "What a decoder keeps")[-1] == full

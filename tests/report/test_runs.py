@@ -159,6 +159,16 @@ def test_settings_say_what_null_stands_for() -> None:
     assert settings(everything)["samples"] == 541
     assert settings(model_metrics("sliding_window"))["model.window_tokens"] == 621 * 256 // (2 * 768)
     assert settings(model_metrics("sliding_window", window_tokens=8))["model.window_tokens"] == 8
+    deep = model_metrics("sliding_window")
+    deep["config"]["model"]["layers"], deep["window"]["span_tokens"] = 4, 4 * (50 - 1) + 1
+    assert settings(deep)["model.window_tokens"] == 50
+
+
+def test_runs_from_before_there_were_layers_have_one() -> None:
+    now, local = model_metrics(), model_metrics()
+    now["config"]["model"] |= {"layers": 1, "local_window": None}
+    local["config"]["model"] |= {"layers": 1, "local_window": 8}
+    assert settings(model_metrics()) == settings(now) == settings(local)
 
 
 @pytest.mark.parametrize(

@@ -106,11 +106,14 @@ def test_what_may_wait_is_written_again_once_it_is_worth_it(tmp_path, monkeypatc
 
 def test_what_waits_is_as_it_was_when_it_was_saved(tmp_path, monkeypatch):
     made, best, _ = waiting(tmp_path, monkeypatch)
-    weights = torch.ones(3)
+    weights, epochs = torch.ones(3), [1]
     for step in (1, 2):
-        made.save_checkpoint({"global_step": step, "weights": weights}, best)
+        made.save_checkpoint({"global_step": step, "weights": weights, "callbacks": {"history": epochs}}, best)
     weights += 1
-    assert torch.equal(made.load_checkpoint(best)["weights"], torch.ones(3)), "loading writes it first"
+    epochs.append(2)
+    loaded = made.load_checkpoint(best)
+    assert torch.equal(loaded["weights"], torch.ones(3)), "loading writes it first"
+    assert loaded["callbacks"] == {"history": [1]}
     assert read(best)["global_step"] == 2
 
 

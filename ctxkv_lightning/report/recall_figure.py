@@ -35,9 +35,10 @@ def write_figures(evaluations: Mapping[str, Evaluation], folder: Path) -> list[P
 def by_state(evaluations: Mapping[str, Evaluation], suites: Sequence[str], sizes: bool = False) -> Figure:
     """Recall over all lags by the bytes that a decoder keeps when it is asked, a panel for each suite.
 
-    With `sizes`, runs of one model differ in their size alone: a line joins them, and the best bears its name.
+    With `sizes`, runs of one model differ in their size alone: a line joins them, and the best bears its name. Else
+    many may lie side by side, at chance: their names stand in a column.
     """
-    figure, panels = _panels(len(suites), WIDTH)
+    figure, panels = _panels(len(suites), WIDTH if sizes else width_for(evaluations) + 0.6)
     for axes, suite in zip(panels, suites, strict=True):
         _frame(axes, evaluations, suite, MEASURES["recall"])
         points = []
@@ -50,9 +51,10 @@ def by_state(evaluations: Mapping[str, Evaluation], suites: Sequence[str], sizes
         axes.set_xlim(min(places)[0] / 3, max(places)[0] * 3)
         kilobyte_ticks(axes)
         if sizes:
-            points = _joined(axes, points)
-        chance = [(x, _chance(evaluations, suite)) for x in axes.get_xlim()]
-        label_points(axes, points, places, chance)
+            chance = [(x, _chance(evaluations, suite)) for x in axes.get_xlim()]
+            label_points(axes, _joined(axes, points), places, chance)
+        else:
+            label_ends(axes, [(y, name, colour) for _, y, name, colour in points], [x for x, *_ in points])
     return figure
 
 

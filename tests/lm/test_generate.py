@@ -80,10 +80,10 @@ def made(name, seed=0):
     return model
 
 
-def parallel_logits(model, tokens):
+def parallel_logits(model, tokens, tolerance=1e-5):
     """Logits (N, V) of the whole text at once, over exact contexts or over the embeddings."""
     frozen = model.encoder_input(tokens)
-    contexts = [solve_contexts(encoder, frozen)[0] for encoder in model.encoders()]
+    contexts = [solve_contexts(encoder, frozen, tolerance)[0] for encoder in model.encoders()]
     memory = torch.cat(contexts, dim=1) if contexts else model.embed(tokens)
     hidden = model.states(tokens[None], memory[None], len(tokens))
     if model.output is None:
@@ -272,10 +272,14 @@ def test_a_prompt_comes_first_and_has_tokens():
 @pytest.mark.parametrize("keep", ["contexts", "kv"])
 @pytest.mark.parametrize("name", MODELS)
 def test_five_thousand_steps_equal_the_parallel_pass(name, keep):
+    """Deep models in fp64: their layers, whose weights are random, make more of how fp32 rounds the contexts."""
     model, tokens = made(name), torch.randint(0, V, (5000,))
+    tolerance = 1e-5
+    if model.deeper:
+        model, tolerance = model.double(), 1e-9
     decoder = Decoder(model, keep=keep)
     stepped = torch.cat([decoder.step(token[None]) for token in tokens])
-    torch.testing.assert_close(stepped, parallel_logits(model, tokens), atol=1e-4, rtol=0)
+    torch.testing.assert_close(stepped, parallel_logits(model, tokens, tolerance), atol=1e-4, rtol=0)
 
 
 @pytest.fixture

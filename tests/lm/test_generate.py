@@ -274,12 +274,13 @@ def test_a_prompt_comes_first_and_has_tokens():
 def test_five_thousand_steps_equal_the_parallel_pass(name, keep):
     """Deep models in fp64: their layers, whose weights are random, make more of how fp32 rounds the contexts."""
     model, tokens = made(name), torch.randint(0, V, (5000,))
-    tolerance = 1e-5
+    tolerance, bound = 1e-5, 1e-4
     if model.deeper:
         model, tolerance = model.double(), 1e-9
+        bound = 1e-6 if model.output is None else 1e-4  # what a recipe says is fp32
     decoder = Decoder(model, keep=keep)
     stepped = torch.cat([decoder.step(token[None]) for token in tokens])
-    torch.testing.assert_close(stepped, parallel_logits(model, tokens, tolerance), atol=1e-4, rtol=0)
+    torch.testing.assert_close(stepped, parallel_logits(model, tokens, tolerance), atol=bound, rtol=0)
 
 
 @pytest.fixture

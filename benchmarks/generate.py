@@ -20,9 +20,10 @@ from torch import Tensor
 from benchmarks.harness import AnonymousPeak, anonymous_bytes, in_fresh_process, parse, parser, save, seconds_of
 from benchmarks.workload import FULL, QUICK, Sizes
 from ctxkv_lightning.context.solve import solve_contexts
-from ctxkv_lightning.lm.generate import Decoder, Keep
+from ctxkv_lightning.lm.generate import Decoder
 from ctxkv_lightning.lm.model import ContextKVLM, TiedLM
 from ctxkv_lightning.lm.rivals import TransformerLM
+from ctxkv_lightning.lm.state import Keep
 from ctxkv_lightning.run.machine import keep_freed_memory
 
 SYSTEMS: dict[str, Keep] = {

@@ -36,7 +36,8 @@ from ctxkv_lightning import pipeline
 from ctxkv_lightning.config import Config, EmbeddingConfig, TrainConfig
 from ctxkv_lightning.errors import EXIT_CODE
 from ctxkv_lightning.lm import generate
-from ctxkv_lightning.lm.generate import Decoder, Keep
+from ctxkv_lightning.lm.generate import Decoder
+from ctxkv_lightning.lm.state import Keep
 from ctxkv_lightning.report.page import write_report
 from ctxkv_lightning.run.callbacks import Stages, announcing
 from ctxkv_lightning.run.folder import RunFolder

@@ -18,7 +18,7 @@ from torch import Tensor
 from ctxkv_lightning.build import Text, prepare_text
 from ctxkv_lightning.config import Config, load_config
 from ctxkv_lightning.errors import UserError
-from ctxkv_lightning.lm.generate import state_bytes
+from ctxkv_lightning.lm.state import state_bytes
 from ctxkv_lightning.remember.association import mqar_suite
 from ctxkv_lightning.remember.copying import LAGS, TRIALS, copy_suite, edges
 from ctxkv_lightning.remember.passkey import DISTANCES, passkey_suite

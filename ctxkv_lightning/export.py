@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ctxkv_lightning.errors import UserError
-from ctxkv_lightning.lm.generate import state_bytes
 from ctxkv_lightning.lm.model import TiedLM
+from ctxkv_lightning.lm.state import state_bytes
 from ctxkv_lightning.report.markdown import percent, ppl, table
 from ctxkv_lightning.text.encoding import FOLDER, save_encoding
 from ctxkv_lightning.use import TrainedModel, open_run

@@ -6,11 +6,11 @@ import torch
 
 from ctxkv_lightning.datamodule import ContextDataModule
 from ctxkv_lightning.lm.attention import slot_distances
-from ctxkv_lightning.lm.generate import kept_tensors, state_bytes
 from ctxkv_lightning.lm.layers import local_reach
 from ctxkv_lightning.lm.model import ContextKVLM, TiedLM
 from ctxkv_lightning.lm.module import ContextKVLMModule
 from ctxkv_lightning.lm.rivals import TransformerLM
+from ctxkv_lightning.lm.state import kept_tensors, state_bytes
 from ctxkv_lightning.store import Store
 
 READ = (1_000, 10_000, 100_000)

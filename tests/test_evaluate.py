@@ -13,7 +13,7 @@ from ctxkv_lightning import evaluate, pipeline
 from ctxkv_lightning.__main__ import main
 from ctxkv_lightning.config import DataConfig, TokenizerConfig, load_config
 from ctxkv_lightning.door import check_command_line
-from ctxkv_lightning.lm.generate import state_bytes
+from ctxkv_lightning.lm.state import state_bytes
 from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.text.mqar import Task
 from ctxkv_lightning.use import open_trained

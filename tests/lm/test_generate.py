@@ -9,10 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ctxkv_lightning.context.solve import solve_contexts
-from ctxkv_lightning.lm import generate
-from ctxkv_lightning.lm.generate import Decoder, kept_tensors, state_bytes
+from ctxkv_lightning.lm import generate, prompt
+from ctxkv_lightning.lm.generate import Decoder
 from ctxkv_lightning.lm.model import ContextKVLM
 from ctxkv_lightning.lm.rivals import CascadeLM, RecurrenceLM, TransformerLM
+from ctxkv_lightning.lm.state import kept_tensors, state_bytes
 from ctxkv_lightning.text.ngram import KneserNeyTrigram
 from tests import oracles
 
@@ -244,7 +245,7 @@ def test_a_published_decoder_keeps_its_window_and_on_the_grid_exactly_max_contex
 
 def test_the_parts_in_which_a_prompt_is_read_do_not_show(monkeypatch):
     for name in ("DEEP_ROWS", "ROWS_AT_A_TIME", "CHUNK"):
-        monkeypatch.setattr(generate, name, 7 if name == "DEEP_ROWS" else 17)
+        monkeypatch.setattr(prompt, name, 7 if name == "DEEP_ROWS" else 17)
     for name in ("recipe_deep_transformer", "deep_sliding_window", "recipe_local", "local_grid"):
         model, tokens = made(name), torch.randint(0, V, (60,))
         found = Decoder(model).read(tokens[None])
@@ -313,7 +314,7 @@ def test_a_prompt_in_many_chunks_is_the_prompt(name, length, monkeypatch):
     model, tokens = made(name), torch.randint(0, V, (2, length))
     whole = Decoder(model, 2)
     expected = whole.read(tokens)
-    monkeypatch.setattr(generate, "CHUNK", 8)
+    monkeypatch.setattr(prompt, "CHUNK", 8)
     chunked = Decoder(model, 2)
     torch.testing.assert_close(chunked.read(tokens), expected, atol=1e-4, rtol=0)
     for key, kept in whole.kept().items():
@@ -321,7 +322,7 @@ def test_a_prompt_in_many_chunks_is_the_prompt(name, length, monkeypatch):
 
 
 def test_a_prompt_that_is_asked_several_times_is_solved_once(monkeypatch):
-    solved, calls = generate.solve_onwards, []
-    monkeypatch.setattr(generate, "solve_onwards", lambda *given: (calls.append(1), solved(*given))[1])
+    solved, calls = prompt.solve_onwards, []
+    monkeypatch.setattr(prompt, "solve_onwards", lambda *given: (calls.append(1), solved(*given))[1])
     Decoder(made("strided"), 5).read(torch.randint(0, V, (1, 30)).expand(5, -1))
     assert len(calls) == 1

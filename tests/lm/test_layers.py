@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from ctxkv_lightning.build import build_module, reach
 from ctxkv_lightning.door import check_command_line
-from ctxkv_lightning.lm.generate import state_bytes
 from ctxkv_lightning.lm.model import ContextKVLM
 from ctxkv_lightning.lm.rivals import RecurrenceLM, TransformerLM, build_model
+from ctxkv_lightning.lm.state import state_bytes
 from tests import oracles
 
 V, D, C, H = 30, 24, 8, 2

@@ -130,9 +130,12 @@ def generate(parser: argparse.ArgumentParser) -> Handler:
     prompt.add_argument("--prompt", metavar="TEXT", help="what to go on with")
     prompt.add_argument("--prompt-file", type=Path, metavar="F", help="a UTF-8 file of any length; - for stdin")
     parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="tokens to write (default: 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest (default: 0.8)")
+    parser.add_argument("--temperature", type=float, default=0.6, metavar="T", help="0: the likeliest (default: 0.6)")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that sum to P")
+    parser.add_argument(
+        "--presence-penalty", type=float, default=3.0, metavar="NATS", help="for the last 4 tokens (default: 3)"
+    )
     parser.add_argument("--seed", type=int, default=42, help="of what is drawn; the B texts differ (default: 42)")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="texts to write side by side (default: 1)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
@@ -164,6 +167,9 @@ def evaluate(parser: argparse.ArgumentParser) -> Handler:
     suites = ("position", "copy", "passkey", "mqar")
     parser.add_argument("--suite", nargs="+", choices=suites, help="what to ask (default: all that fits the run)")
     parser.add_argument("--split", choices=("validation", "test"), default="validation", help="(default: %(default)s)")
+    parser.add_argument(
+        "--presence-penalty", type=float, default=3.0, metavar="NATS", help="for the last 4 tokens (default: 3)"
+    )
     parser.add_argument("--seed", type=int, default=42, help="of what is drawn (default: %(default)s)")
     parser.add_argument("--trials", type=int, metavar="N", help="texts at each lag (default: 50, passkey 20)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where figures go (default: the first RUN)")

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+import torch
 from torch import Tensor
 
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.generate import Decoder
-from ctxkv_lightning.lm.sampling import Sampler
+from ctxkv_lightning.lm.sampling import PENALISED, Sampler
 from ctxkv_lightning.text.encoding import token_bytes
 from ctxkv_lightning.text.stream import TextStream
 from ctxkv_lightning.use import TrainedModel, open_trained
@@ -82,10 +83,12 @@ class Writer:
         streams = [TextStream(pieces, self.stops) for _ in range(batch)]
         started = first = time.perf_counter()
         decoder = Decoder(self.trained.model, batch, writing=True)
-        logits = decoder.read(ids.expand(batch, -1))
+        last = ids.expand(batch, -1)
+        logits = decoder.read(last)
         speed.prompt_tokens, speed.grows = len(ids), decoder.grows
         for number in range(1, self.max_tokens + 1):
-            tokens = self.sampler(logits)
+            tokens = self.sampler(logits, last)
+            last = torch.cat([last[:, -PENALISED:], tokens[:, None]], dim=1)
             new = [stream.push(token) for stream, token in zip(streams, tokens.tolist(), strict=True)]
             now = time.perf_counter()
             if number == 1:
@@ -119,7 +122,8 @@ def run_generate(options: Namespace) -> None:
     """`python -m ctxkv_lightning generate`; a reader that closes the pipe ends it quietly."""
     if options.batch < 1:
         raise UserError(f"batch={options.batch} must be at least 1")
-    sampler = Sampler(options.temperature, options.top_k, options.top_p, options.seed, options.batch)
+    chosen = options.temperature, options.top_k, options.top_p, options.seed, options.batch, options.presence_penalty
+    sampler = Sampler(*chosen)
     prompt = read_prompt(options.prompt, options.prompt_file)
     writer = Writer(open_trained(options.folder), sampler, options.max_tokens, options.stop)
     try:

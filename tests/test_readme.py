@@ -1,5 +1,6 @@
 """README's commands compose, its files exist, its table is the one that the recorded run printed."""
 
+import argparse
 import io
 import json
 import re
@@ -8,6 +9,7 @@ import shlex
 import pytest
 from rich.console import Console
 
+from ctxkv_lightning.__main__ import generate
 from ctxkv_lightning.config import check_key
 from ctxkv_lightning.door import check_command_line
 from ctxkv_lightning.report.page import summary_table
@@ -92,6 +94,19 @@ def test_the_decoding_table_is_the_one_that_was_measured():
     assert rows == expected
     assert f"{measured['against_recomputing']['ratio']:.1f} × faster" in README
     assert f"{measured['prompt']['ratio']:.0f} × sooner" in README
+
+
+def test_what_is_said_of_repetition_was_measured_at_the_defaults():
+    default = json.loads((ROOT / "benchmarks" / "results" / "repetition.json").read_text())["result"]["runs"][0]
+    assert (default["layers"], default["samples"]) == (1, 100)
+    again = {(row["temperature"], row["presence_penalty"]): row["again"] for row in default["settings"]}
+    parser = argparse.ArgumentParser()
+    generate(parser)
+    options = parser.parse_args(["RUN", "--prompt", "a"])
+    assert (options.temperature, options.presence_penalty) == (0.6, 3)
+    words = f"at 0.6, {again[0.6, 0]:.0%} of what the default model writes is the token before once more, of its text "
+    assert words.replace("%", " %") + f"{default['text']['again']:.0%}".replace("%", " %") in README
+    assert f"brings that to {again[0.6, 3]:.0%}".replace("%", " %") in README
 
 
 def test_the_table_of_speed_is_the_one_that_was_measured():

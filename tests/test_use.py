@@ -90,6 +90,23 @@ def test_a_seed_repeats_and_a_row_does_not_depend_on_its_neighbours(run):
     assert len(set(texts(1, 3))) == 3
 
 
+def test_a_penalty_reaches_back_into_the_prompt(run):
+    """So high a penalty never lets one of a row's last four tokens come again, of the prompt's as of its own."""
+    trained = open_trained(run)
+    ids = trained.encode(PROMPT).tolist()
+    chosen: list[int] = []
+
+    class Noted(Sampler):
+        def __call__(self, logits, last):
+            assert last.tolist()[0][-4:] == [*ids, *chosen][-4:]
+            chosen.append(int(super().__call__(logits, last)))
+            return torch.tensor(chosen[-1:])
+
+    Writer(trained, Noted(0.0, presence_penalty=1e4), max_tokens=30).text(PROMPT)
+    written = [*ids[-4:], *chosen]
+    assert all(token not in written[i : i + 4] for i, token in enumerate(chosen))
+
+
 def test_text_comes_token_by_token_and_what_it_took_is_told(run):
     trained = open_trained(run)
     writer = Writer(trained, Sampler(seed=1, batch=2), max_tokens=12)
@@ -160,7 +177,10 @@ def test_the_command_writes_text_and_then_what_it_took(run, capsys):
     command = ["generate", str(run), "--prompt", PROMPT, "--max-tokens", "9", "--temperature", "0"]
     assert main(command) == 0
     said = capsys.readouterr()
-    assert said.out == Writer(open_trained(run), Sampler(0.0), max_tokens=9).text(PROMPT)[0] + "\n"
+    sampler = Sampler(0.0, presence_penalty=3.0)
+    assert said.out == Writer(open_trained(run), sampler, max_tokens=9).text(PROMPT)[0] + "\n"
+    assert main([*command, "--presence-penalty", "0"]) == 0
+    assert capsys.readouterr().out == Writer(open_trained(run), Sampler(0.0), max_tokens=9).text(PROMPT)[0] + "\n"
     assert said.err.startswith("9 tokens after a prompt of ")
     assert main([*command, "--top-k", "0"]) == 2
     assert capsys.readouterr().err == "error: top_k=0 must be at least 1\n"

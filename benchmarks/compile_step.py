@@ -53,10 +53,11 @@ class CompiledDecoder(Decoder):
 
     def _arithmetic(self, tokens: Tensor, before: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, V) and the new context (B, C), from the context before and those in the ring (B, m, C)."""
-        model, attention = self.model, self._attention
+        model = self.model
         assert isinstance(model, ContextKVLM)
+        attention = model.attention
         embedding = model.embed(tokens)
-        (encoder,) = self._encoders
+        (encoder,) = self.encoders
         now = encoder(before, model.encoder_input(tokens))
         keys, values = (part.weight.unflatten(0, (attention.heads, -1)) for part in (attention.key, attention.value))
         query = attention.ask(embedding).unflatten(1, (attention.heads, -1))

@@ -1,9 +1,6 @@
 """Strided attention: each position reads the contexts of now and of I, 2I, … (M-1)I tokens ago.
 
-Positions with the same residue modulo I only ever read each other, so they form an ordinary causal sliding
-window of width M over their own subsequence. Folding the stream by residue, (T) -> (I, T/I), turns
-the strided window into a band; the band is cut into blocks of queries, each of which multiplies one
-dense block of keys. Exact to rounding, no gather, and differentiable on every device.
+Folded into `bands`, whose blocks are dense: exact to rounding, no gather, and differentiable on every device.
 """
 
 import math
@@ -15,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ctxkv_lightning.lm.banded import BandedAttention
+from ctxkv_lightning.lm.bands import Bands, bands
+
 Selection = Literal["strided", "grid"]
 """Which contexts are read: those of every I-th token back, or the current one and those at multiples of I."""
-
-SMALLEST_BLOCK = 32
-"""Queries in a block, at least, where there are so many: fewer would make the products small."""
 
 QUERIES_ABOUT = 128
 """Queries that share a block of grid keys."""
@@ -38,24 +35,23 @@ def strided_attention(
     if T == 0:
         return torch.empty_like(query)
     S = key.shape[2] - T
-    head = S % interval  # padding queries, so that queries and keys fold at the same residue
-    G = -(-(S + T) // interval)  # positions per residue class, queries and keys
-    Q = G - S // interval
-    tail = G * interval - S - T
-    blocks = max(1, Q // max(max_contexts, SMALLEST_BLOCK))
-    size, before = -(-Q // blocks), max_contexts - 1
-    first_row = G - Q - before  # of the keys of the first block; negative where keys do not exist
-    extra = blocks * size - Q
-    queries = _pad(_fold(query, head, tail, interval), 0, extra).reshape(B, H, interval, blocks, size, d)
-    keys, values = (_windows(_fold(x, 0, tail, interval), first_row, before, blocks, size, extra) for x in (key, value))
-    mask = _band_mask(size, max_contexts, blocks, first_row, query.device)
-    if first is not None:
-        own = torch.ones(size, size + before, dtype=torch.bool, device=mask.device).triu(before).tril(before)
-        mask = mask & (_exists(first, size + before, blocks, size, first_row, interval) | own)
+    fold = bands(T, S, interval, max_contexts)
+    mask = fold.mask(first, query.device)
+    if goes_by_parts(query):
+        mixed: Tensor = BandedAttention.apply(query, key, value, mask, fold)
+        return mixed
+    rows = _pad(_fold(query, fold.head, fold.tail, interval), 0, fold.extra)
+    queries = rows.reshape(B, H, interval, fold.blocks, fold.size, d)
+    keys, values = (_windows(_fold(x, 0, fold.tail, interval), fold) for x in (key, value))
     mixed = _dense_blocks(queries, keys, values, mask)
-    rows = mixed.reshape(B, H, interval, blocks * size, d)[..., :Q, :]
-    unfolded = rows.transpose(2, 3).reshape(B, H, Q * interval, d)
-    return unfolded[:, :, head : head + T]
+    rows = mixed.reshape(B, H, interval, fold.blocks * fold.size, d)[..., : fold.queries, :]
+    unfolded = rows.transpose(2, 3).reshape(B, H, fold.queries * interval, d)
+    return unfolded[:, :, fold.head : fold.head + T]
+
+
+def goes_by_parts(query: Tensor) -> bool:
+    """Whether it is computed part by part, with a gradient of its own; a compiler gets what it can see through."""
+    return query.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _fold(x: Tensor, head: int, tail: int, interval: int) -> Tensor:
@@ -68,40 +64,18 @@ def _pad(x: Tensor, front: int, back: int) -> Tensor:
     return F.pad(x, (0, 0, front, back)) if front or back else x
 
 
-def _windows(x: Tensor, first_row: int, before: int, blocks: int, size: int, extra: int) -> Tensor:
-    """(B, H, I, G, d) -> (B, H, I, blocks, before + size, d): each block of keys and the rows before it.
+def _windows(x: Tensor, fold: Bands) -> Tensor:
+    """(B, H, I, G, d) -> (B, H, I, blocks, width, d): each block of keys and the rows before it.
 
-    The first window begins at row `first_row`, zeros where that is negative. Put together from slices (before ≤ size
-    where there are several blocks): the gradient of `unfold` is slow.
+    The first window begins at row `first`, zeros where that is negative. Put together from slices: the gradient of
+    `unfold` is slow.
     """
-    body = _pad(x[..., first_row + before :, :], 0, extra).unflatten(-2, (blocks, size))
-    ahead = _pad(x[..., max(first_row, 0) : first_row + before, :], max(-first_row, 0), 0)[..., None, :, :]
-    if blocks > 1:
-        ahead = torch.cat([ahead, body[..., :-1, size - before :, :]], dim=-3)
+    before = fold.before
+    body = _pad(x[..., fold.first + before :, :], 0, fold.extra).unflatten(-2, (fold.blocks, fold.size))
+    ahead = _pad(x[..., max(fold.first, 0) : fold.first + before, :], max(-fold.first, 0), 0)[..., None, :, :]
+    if fold.blocks > 1:
+        ahead = torch.cat([ahead, body[..., :-1, fold.size - before :, :]], dim=-3)
     return torch.cat([ahead, body], dim=-2)
-
-
-def _band_mask(size: int, M: int, blocks: int, first_row: int, device: torch.device) -> Tensor:
-    """True where a slot exists: (1, 1, 1, blocks, size, size+M-1), of queries and keys inside a block.
-
-    Key k of a block is read by query i when i ≤ k ≤ i+M-1; its row in the residue class is
-    first_row + block·size + k, and must not be negative.
-    """
-    i = torch.arange(size, device=device)[:, None]
-    k = torch.arange(size + M - 1, device=device)
-    row = first_row + torch.arange(blocks, device=device)[:, None, None] * size + k
-    band = (k >= i) & (k <= i + M - 1) & (row >= 0)
-    return band[None, None, None]
-
-
-def _exists(first: Tensor, keys: int, blocks: int, size: int, first_row: int, interval: int) -> Tensor:
-    """True where a key is not before its row's first one: (B, 1, I, blocks, 1, keys)."""
-    device = first.device
-    k = torch.arange(keys, device=device)
-    row = first_row + torch.arange(blocks, device=device)[:, None] * size + k
-    residue = torch.arange(interval, device=device)[:, None, None]
-    position = row * interval + residue
-    return (position >= first.view(-1, 1, 1, 1))[:, None, :, :, None]
 
 
 def _dense_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:

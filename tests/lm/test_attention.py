@@ -1,9 +1,11 @@
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxkv_lightning.lm import attention
+from ctxkv_lightning.lm import attention, banded
 from ctxkv_lightning.lm.attention import strided_attention
 from tests import oracles
 
@@ -12,6 +14,20 @@ def draw(T, S, seed, B=2, H=2, d=4):
     generator = torch.Generator().manual_seed(seed)
     shapes = (B, H, T, d), (B, H, S + T, d), (B, H, S + T, d)
     return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+@contextmanager
+def going(way):
+    """Attention as a CPU computes it, in parts of a size or in the smallest ones, or as other devices do."""
+    with pytest.MonkeyPatch.context() as patch:
+        if way == "smallest parts":
+            patch.setattr(banded, "CACHED", 1)
+        if way == "folded":
+            patch.setattr(attention, "goes_by_parts", lambda query: False)
+        yield
+
+
+WAYS = ["parts", "smallest parts", "folded"]
 
 
 def assert_same(fast, slow, inputs):
@@ -30,13 +46,18 @@ def assert_same(fast, slow, inputs):
     interval=st.integers(1, 80),
     max_contexts=st.integers(1, 12),
     seed=st.integers(0, 999),
+    way=st.sampled_from(WAYS),
+    side_by_side=st.booleans(),
 )
-def test_folded_attention_equals_gathering(T, S, interval, max_contexts, seed):
+def test_folded_attention_equals_gathering(T, S, interval, max_contexts, seed, way, side_by_side):
     inputs = draw(T, S, seed)
-    fast = strided_attention(*inputs, interval, max_contexts)
+    given = [x.transpose(1, 2).contiguous().transpose(1, 2) if side_by_side else x for x in inputs]
+    with going(way):
+        fast = strided_attention(*given, interval, max_contexts)
     assert_same(fast, oracles.gather_attention(*inputs, interval, max_contexts), inputs)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("T", "S", "interval", "max_contexts"),
     [
@@ -47,22 +68,34 @@ def test_folded_attention_equals_gathering(T, S, interval, max_contexts, seed):
         (97, 3, 1, 1),
         (50, 49, 7, 1),
         (45, 0, 1, 32),
+        (64, 0, 1, 33),  # two blocks of 32, each reading all of the one before
+        (65, 7, 1, 32),
+        (130, 31, 2, 9),
+        (333, 40, 3, 40),
     ],
 )
-def test_awkward_sizes(T, S, interval, max_contexts):
+def test_awkward_sizes(T, S, interval, max_contexts, way):
     inputs = draw(T, S, 7)
-    fast = strided_attention(*inputs, interval, max_contexts)
+    with going(way):
+        fast = strided_attention(*inputs, interval, max_contexts)
     assert_same(fast, oracles.gather_attention(*inputs, interval, max_contexts), inputs)
 
 
 @settings(deadline=None, max_examples=60)
-@given(T=st.integers(1, 40), interval=st.integers(1, 15), max_contexts=st.integers(1, 6), seed=st.integers(0, 99))
-def test_contexts_before_the_first_do_not_exist(T, interval, max_contexts, seed):
+@given(
+    T=st.integers(1, 40),
+    interval=st.integers(1, 15),
+    max_contexts=st.integers(1, 6),
+    seed=st.integers(0, 99),
+    way=st.sampled_from(WAYS),
+)
+def test_contexts_before_the_first_do_not_exist(T, interval, max_contexts, seed, way):
     """Row b with first[b] missing contexts equals that row with its history cut off, whatever stands there."""
     S = (max_contexts - 1) * interval
     query, key, value = draw(T, S, seed)
     first = torch.tensor([S, S // 2])
-    fast = strided_attention(query, key, value, interval, max_contexts, first)
+    with going(way):
+        fast = strided_attention(query, key, value, interval, max_contexts, first)
     for b in range(2):
         row = slice(b, b + 1)
         cut = [query[row], key[row, :, first[b] :], value[row, :, first[b] :]]
@@ -72,20 +105,41 @@ def test_contexts_before_the_first_do_not_exist(T, interval, max_contexts, seed)
     assert not gradient[1, :, : S // 2].any()
 
 
-def test_bf16_products_on_the_cpu_agree_with_fp32():
+@pytest.mark.parametrize("way", WAYS)
+def test_bf16_products_on_the_cpu_agree_with_fp32(way):
     inputs = draw(70, 40, 3)
     exact = strided_attention(*inputs, 7, 5)
-    rounded = strided_attention(*(x.bfloat16() for x in inputs), 7, 5)
+    with going(way):
+        rounded = strided_attention(*(x.bfloat16() for x in inputs), 7, 5)
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).abs().max().item() < 0.05
+    weights = torch.randn(exact.shape)
+    gradients = (torch.autograd.grad((x * weights).sum(), inputs) for x in (exact, rounded))
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).abs().max().item() < 0.1
 
 
-def test_both_kernels_agree_in_fp32(monkeypatch):
+def test_autocast_does_not_round_what_is_given_in_fp32():
     inputs = draw(70, 40, 3)
-    fused = strided_attention(*inputs, 7, 5)
-    with torch.autocast("cpu", enabled=False):
-        monkeypatch.setattr(attention, "uses_plain_products", lambda query: True)
-        plain = strided_attention(*inputs, 7, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = strided_attention(*inputs, 7, 5)
+    assert_same(fast, oracles.gather_attention(*inputs, 7, 5), inputs)
+
+
+def test_the_gradient_is_right_where_only_some_are_asked_for():
+    query, key, value = draw(70, 40, 3)
+    slow = oracles.gather_attention(query, key, value, 7, 5)
+    fast = strided_attention(query.detach(), key, value.detach(), 7, 5)
+    torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), key)[0] for x in (fast, slow)))
+
+
+def test_both_kernels_of_other_devices_agree_in_fp32(monkeypatch):
+    inputs = draw(70, 40, 3)
+    with going("folded"):
+        fused = strided_attention(*inputs, 7, 5)
+        with torch.autocast("cpu", enabled=False):
+            monkeypatch.setattr(attention, "uses_plain_products", lambda query: True)
+            plain = strided_attention(*inputs, 7, 5)
     assert_same(plain, fused, inputs)
 
 

@@ -76,7 +76,7 @@ def prepare_text(config: Config) -> Text:
         raise UserError(f"interval={config.interval} must be below the {sizes['train']:,} training tokens")
     log.info(
         f"text {len(chosen['train']):,} documents, {sizes['train']:,} training tokens, vocabulary "
-        f"{encoding.n_vocab:,} {reused(tokens)}"
+        f"{encoding.n_vocab:,}{reused(tokens)}"
     )
     return Text(chosen, tokens, encoding.n_vocab, encoding)
 
@@ -220,4 +220,4 @@ def digest_of(documents: tuple[Document, ...]) -> str:
 
 
 def reused(store: Store) -> str:
-    return "(reused)" if store.reused else ""
+    return " (reused)" if store.reused else ""

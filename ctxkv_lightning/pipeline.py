@@ -105,7 +105,7 @@ def run_experiment(config: Config, folder: Path, resume: Literal["no", "strict",
             with stages("report"):
                 report = write_report(run)
             log.info(f"report {report}")
-        Console().print(summary_table(metrics, report))
+        Console().print(summary_table(metrics))
     return metrics["result"]["val_ppl"]
 
 
@@ -135,7 +135,7 @@ def run_stages(config: Config, run: RunFolder, text: Text, stages: Stages) -> di
         contexts = data.context_stores()
         data.prepare_data()
         for store in contexts:
-            log.info(f"contexts exact to {store.facts['seam_error']:.1e} at every seam {reused(store)}")
+            log.info(f"contexts exact to {store.facts['seam_error']:.1e} at every seam{reused(store)}")
     with stages("train"):
         trained = train(config, run, data, text.vocab_size)
     with stages("footing"):
@@ -197,7 +197,7 @@ def pretrain(config: Config, run: RunFolder, data: ContextDataModule, part: int 
     facts = store.facts
     log.info(
         f"Phase 1 {facts['iterations']} iterations, {facts['convergence_rate']:.1%} converged, "
-        f"effective rank {facts['effective_rank']:.1%} {reused(store)}"
+        f"effective rank {facts['effective_rank']:.1%}{reused(store)}"
     )
     return store
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.report.figures import draw_all, encoders
@@ -106,7 +105,7 @@ def summary(metrics: Metrics) -> str:
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def summary_table(metrics: Metrics, report: Path | None = None) -> Table:
+def summary_table(metrics: Metrics) -> Table:
     """What the terminal shows when a run ends: about a dozen rows that fit in 80 columns."""
     train, result, parameters = metrics["train"], metrics["result"], metrics["parameters"]
     rows = {
@@ -122,13 +121,11 @@ def summary_table(metrics: Metrics, report: Path | None = None) -> Table:
         test = _footing(metrics, key, test=True)
         rows[f"{name}, PPL"] = ppl(_footing(metrics, key)) + (f" (test {ppl(test)})" if test is not None else "")
     rows["total time"] = f"{metrics['seconds']['total']:,.1f} s"
-    if report is not None:
-        rows["report"] = str(report)
     shown = Table(show_header=False)
     shown.add_column(no_wrap=True)
-    shown.add_column(overflow="fold")
+    shown.add_column()
     for name, value in rows.items():
-        shown.add_row(Text(name), Text(value))  # Text: a path may hold [brackets], which are not markup
+        shown.add_row(name, value)
     return shown
 
 

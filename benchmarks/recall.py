@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import findings, recipe
+from benchmarks import findings, recipe_runs
 from benchmarks.recorded import BEST, RECORD, Entry, kept_entries
 from benchmarks.remembered import draw
 from ctxkv_lightning.config import Config, ModelConfig, load_config
@@ -71,8 +71,8 @@ def text_name(run: findings.Run) -> str | None:
     published = findings.rows_of(findings.published([run]), 100)
     if published:
         return published[0].name
-    best, model = recipe.groups([run]), run["config"]["model"]["name"]
-    with_recipe = recipe.of(best) or recipe.of(best, **recipe.RIVALS.get(model, {"model.name": model}))
+    best, model = recipe_runs.groups([run]), run["config"]["model"]["name"]
+    with_recipe = recipe_runs.of(best) or recipe_runs.of(best, **recipe_runs.RIVALS.get(model, {"model.name": model}))
     return model + BEST if with_recipe else None
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from benchmarks import findings, recipe
+from benchmarks import findings, recipe, recipe_runs, recipe_sentences
 from ctxkv_lightning.door import check_command_line
 from tests.conftest import ROOT
 
@@ -45,14 +45,16 @@ def published(run):
 
 
 def test_runs_are_grouped_by_what_they_change(runs):
-    found = recipe.groups(runs)
-    assert [run["config"]["seed"] for run in recipe.of(found)] == [42, 1, 2]
-    assert len(recipe.of(found, **recipe.RIVALS["recurrence"])) == len(recipe.of(found, samples=500)) == 1
-    assert not recipe.of(found, model__name="sliding_window")
+    found = recipe_runs.groups(runs)
+    assert [run["config"]["seed"] for run in recipe_runs.of(found)] == [42, 1, 2]
+    assert (
+        len(recipe_runs.of(found, **recipe_runs.RIVALS["recurrence"])) == len(recipe_runs.of(found, samples=500)) == 1
+    )
+    assert not recipe_runs.of(found, model__name="sliding_window")
 
 
 def test_levers_stand_by_what_they_are_worth_against_the_same_seed(runs):
-    table = recipe.lever_table(recipe.groups(runs)).splitlines()[2:]
+    table = recipe.lever_table(recipe_runs.groups(runs)).splitlines()[2:]
     assert [line.split("|")[1].strip() for line in table] == [
         "without the pointer",
         "without the pointer and without counting",
@@ -75,20 +77,20 @@ def test_levers_stand_by_what_they_are_worth_against_the_same_seed(runs):
     ("ppl", "verdict"), [(39.0, "adds nothing that this"), (44.0, "something (without it, 1.100 ×)")]
 )
 def test_what_layers_are_worth_is_said_as_it_is(runs, ppl, verdict):
-    assert recipe.worth_of_layers(recipe.groups(runs)) == []
+    assert recipe_sentences.worth_of_layers(recipe_runs.groups(runs)) == []
     more = [
         made(48.0, "model.layers=1"),
         made(46.0, "model.local_window=null"),
         made(ppl, "interval=1", "max_contexts=1"),
     ]
-    (said,) = recipe.worth_of_layers(recipe.groups([*runs, *more]))
+    (said,) = recipe_sentences.worth_of_layers(recipe_runs.groups([*runs, *more]))
     assert "alone is at a validation PPL of 48.0, four that all read the same contexts at 46.0, one and three" in said
     assert f"local ones at 40.0; with no context but the current one in reach of the first, it is {ppl}" in said
     assert verdict in said
 
 
 def test_sentences_follow_the_numbers(runs):
-    said = " ".join(recipe.sentences(recipe.groups(runs), published(runs[0]), {}))
+    said = " ".join(recipe_sentences.sentences(recipe_runs.groups(runs), published(runs[0]), {}))
     assert "0.250 × the published one's 400.0 (one seed; at most 0.27 was asked for)" in said
     assert "0.150 × the published one's" in said
     assert "the recipe is at 1.000 × (at most 1.0 was asked for)" in said
@@ -112,7 +114,7 @@ def test_a_published_run_that_might_have_gone_on_is_said_to(runs):
     last["train"]["best_epoch"] = last["config"]["train"]["max_epochs"]
     other[100] = [copy.deepcopy(last), copy.deepcopy(last)]
     other[100][0]["train"]["best_epoch"] = 1
-    said = " ".join(recipe.sentences(recipe.groups(runs), other, {}))
+    said = " ".join(recipe_sentences.sentences(recipe_runs.groups(runs), other, {}))
     assert "(2 seeds, 1 of them still gaining when the epochs ended; at most 0.27" in said
     assert "(one seed, still gaining when the epochs ended" in said
 
@@ -121,28 +123,28 @@ def test_published_runs_that_had_the_epochs_they_wanted_are_what_is_compared_wit
     plain = published(runs[0])
     patient = copy.deepcopy(plain)
     patient[100][0]["result"]["test_ppl"] = 800.0
-    said = " ".join(recipe.sentences(recipe.groups(runs), plain, {**patient, 500: []}))
+    said = " ".join(recipe_sentences.sentences(recipe_runs.groups(runs), plain, {**patient, 500: []}))
     assert "0.125 × the published one's 800.0" in said
     assert "0.150 × the published one's" in said
 
 
 def test_a_bound_that_is_missed_by_less_than_is_shown_is_said_to_be():
-    assert recipe.verdict(0.97, 0.97) == "at most 0.97 was asked for"
-    assert recipe.verdict(0.9702, 0.97) == "at most 0.97 was asked for, and is missed (0.9702)"
-    assert recipe.verdict(0.98, 0.97) == "at most 0.97 was asked for, and is missed"
+    assert recipe_sentences.verdict(0.97, 0.97) == "at most 0.97 was asked for"
+    assert recipe_sentences.verdict(0.9702, 0.97) == "at most 0.97 was asked for, and is missed (0.9702)"
+    assert recipe_sentences.verdict(0.98, 0.97) == "at most 0.97 was asked for, and is missed"
 
 
 def test_times_are_compared_on_one_kind_of_machine(runs):
     plain = published(runs[0])
     plain[100][0]["machine"]["device"] = runs[0]["machine"]["device"]
-    assert any("Phase 2 took" in line for line in recipe.sentences(recipe.groups(runs), plain, {}))
+    assert any("Phase 2 took" in line for line in recipe_sentences.sentences(recipe_runs.groups(runs), plain, {}))
     plain[100][0]["machine"] = {**plain[100][0]["machine"], "device": "cuda:0"}
-    assert not any("Phase 2 took" in line for line in recipe.sentences(recipe.groups(runs), plain, {}))
+    assert not any("Phase 2 took" in line for line in recipe_sentences.sentences(recipe_runs.groups(runs), plain, {}))
 
 
 def test_other_changes_and_repeated_seeds_are_no_levers(runs):
     more = [made(35.0, "recipe.pointer_heads=8"), made(36.0, "interval=20", "train.lr=0.01"), made(99.0, "interval=20")]
-    assert recipe.lever_table(recipe.groups([*runs, *more])) == recipe.lever_table(recipe.groups(runs))
+    assert recipe.lever_table(recipe_runs.groups([*runs, *more])) == recipe.lever_table(recipe_runs.groups(runs))
 
 
 def test_page_and_comparisons_are_made_of_folders_of_runs(tmp_path, runs):
@@ -167,18 +169,18 @@ def test_page_and_comparisons_are_made_of_folders_of_runs(tmp_path, runs):
 
 def test_nothing_is_said_of_what_was_not_run(runs):
     assert recipe.section(runs[3:], {}, {}) == []
-    assert "500 samples" not in " ".join(recipe.sentences(recipe.groups(runs[:3]), {}, {}))
-    assert recipe.on_chats(runs) == []
+    assert "500 samples" not in " ".join(recipe_sentences.sentences(recipe_runs.groups(runs[:3]), {}, {}))
+    assert recipe_sentences.on_chats(runs) == []
 
 
 def test_conversations_have_a_sentence_and_are_in_no_table(runs):
     on_chats = ["data=jsonl", "tokenizer=gpt2", "samples=300", "data.files=[chats.jsonl]"]
     chats = [made(30.0, *on_chats), made(100.0, *on_chats)]
     chats[1]["config"]["embedding"]["dim"] = 768
-    (said,) = recipe.on_chats([*runs, *chats])
+    (said,) = recipe_sentences.on_chats([*runs, *chats])
     assert "on 300 conversations of UltraChat" in said
     assert "a test PPL of 60.0 (one seed), 0.300 × the published one's 200.0 (one seed; at most 0.7 was asked" in said
-    assert recipe.groups([*runs, *chats]) == recipe.groups(runs)
+    assert recipe_runs.groups([*runs, *chats]) == recipe_runs.groups(runs)
     assert findings.published(chats) == []
     other = made(99.0, *on_chats, "recipe.apart=false", seed=1)
-    assert recipe.on_chats([*runs, *chats, other]) == [said]  # of the recipe as it is, not as it was
+    assert recipe_sentences.on_chats([*runs, *chats, other]) == [said]  # of the recipe as it is, not as it was

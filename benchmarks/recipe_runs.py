@@ -1,0 +1,127 @@
+"""Which runs are those of `experiment=best`, of its rivals with the same extras, of each lever alone.
+
+A run belongs there by its settings: those of `experiment=best` but for what the tables compare.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from typing import Any
+
+from ctxkv_lightning.config import Config, flat
+from ctxkv_lightning.door import check_command_line
+
+Run = dict[str, Any]
+
+APART = ("seed", "cache_dir", "resume", "init_from", "trainer.enable_progress_bar")
+"""Keys by which runs of one kind differ."""
+
+FIRST_LAYER, CONTEXT_LAYERS = "with its first layer alone", "with layers that all read contexts"
+NO_CONTEXTS = "with no context but the current one for attention"
+
+LEVERS: dict[str, dict[str, Any]] = {
+    "without the pointer": {"recipe.pointer_heads": 0, "recipe.pointer_values": False},
+    "without counting": {"recipe.ngram": False},
+    "without the pointer and without counting": {
+        "recipe.pointer_heads": 0,
+        "recipe.pointer_values": False,
+        "recipe.ngram": False,
+    },
+    "without reading what is pointed at": {"recipe.pointer_values": False},
+    "without reading the current context beside attention": {"recipe.read_current": False},
+    "with head and shares learnt jointly, in all epochs": {"recipe.apart": False},
+    "without a trained embedding": {"recipe.train_embedding": False},
+    "without a projection before the head, and its bias": {"recipe.projection": False},
+    "with norms after the layers (and no dropout in the feed-forward layer)": {"recipe.norm": "post"},
+    FIRST_LAYER: {"model.layers": 1},
+    CONTEXT_LAYERS: {"model.local_window": None},
+    NO_CONTEXTS: {"interval": 1, "max_contexts": 1},
+    "without dropout of contexts": {"recipe.context_dropout": 0.0},
+    "with the published dropout alone": {
+        "recipe.embedding_dropout": 0.0,
+        "recipe.output_dropout": 0.0,
+        "model.dropout": 0.1,
+    },
+    "with one interval of 20": {"interval": 20},
+    "with the grid (fewer contexts for attention)": {"selection": "grid"},
+    "with the published steps of 8,880 tokens (the warm-up takes the first epoch)": {"train.batch_tokens": 8880},
+    "with a constant learning rate (and everything decaying)": {"train.schedule": "constant", "train.warmup_steps": 0},
+}
+"""What is done to the recipe, in words, and the keys that do it (`make results-best`)."""
+
+HALVES: dict[str, Any] = {"model.name": "sliding_window", "model.window_tokens": 25, "recipe.pointer_window": 310}
+MOST: dict[str, Any] = {"model.name": "sliding_window", "model.window_tokens": 9, "recipe.pointer_window": 500}
+"""A sliding window and a pointer that keep, together, as many bytes as the recipe: half for each, or four fifths.
+
+A recurrence has room for more of the pointer's contexts, keeping no others.
+"""
+
+RIVALS: dict[str, dict[str, Any]] = {
+    "transformer": {"model.name": "transformer"},
+    "sliding_window": {"model.name": "sliding_window"},
+    "sliding_window, half for its pointer": HALVES,
+    "sliding_window, most for its pointer": MOST,
+    "recurrence": {"model.name": "recurrence", "recipe.pointer_window": 602},
+}
+"""Other models with the same extras, and the keys that choose them."""
+
+Key = tuple[tuple[str, Any], ...]
+Published = Mapping[int, Sequence[Run]]
+"""Runs of the published model on the default text, by samples."""
+
+
+def groups(runs: Sequence[Run]) -> dict[Key, list[Run]]:
+    """The runs of the recipe, by what they change in it: sorted (key, value) pairs, none for the recipe itself."""
+    base, plain = settings(), flat(asdict(Config()))
+    found: dict[Key, list[Run]] = {}
+    for run in runs:
+        if not has_recipe(run) or run["config"]["data"]["source"] != base["data.source"]:
+            continue
+        own = {**plain, **flat(run["config"])}  # a key that came later was as it comes
+        changed = tuple(
+            sorted((key, str(own.get(key))) for key in base if key not in APART and own.get(key) != base[key])
+        )
+        kept = found.setdefault(changed, [])
+        if own["seed"] not in [other["config"]["seed"] for other in kept]:
+            kept.append(run)
+    return found
+
+
+@cache
+def settings() -> dict[str, Any]:
+    """Every setting of the recipe, by its dotted key."""
+    return flat(asdict(check_command_line(["experiment=best"])[0]))
+
+
+def has_recipe(run: Run) -> bool:
+    """Whether a run is one of `experiment=best`, whatever was changed in it."""
+    config: dict[str, Any] = run["config"]
+    return "recipe" in config and config["embedding"]["dim"] == settings()["embedding.dim"]
+
+
+def of(found: dict[Key, list[Run]], **changed: Any) -> list[Run]:
+    """The runs that change exactly this (dots as double underscores)."""
+    wanted = tuple(sorted((key.replace("__", "."), str(value)) for key, value in changed.items()))
+    return found.get(wanted, [])
+
+
+def mean(runs: Sequence[Run], name: str = "val_ppl") -> float:
+    """Mean of a result over seeds."""
+    return statistics.mean(run["result"][name] for run in runs)
+
+
+def spread(runs: Sequence[Run], name: str = "val_ppl") -> str:
+    """Mean ± sample standard deviation over seeds; the value alone where there is one."""
+    values = [run["result"][name] for run in runs]
+    return f"{mean(runs, name):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def lever_rows(found: dict[Key, list[Run]]) -> list[tuple[float, str, list[Run]]]:
+    """Validation PPL, what was done, and the runs; most harmful first. Of each group, the first seed."""
+    rows = []
+    for name, changed in LEVERS.items():
+        chosen = [run for run in of(found, **changed) if run["config"]["seed"] == 42]
+        if chosen:
+            rows.append((mean(chosen), name, chosen))
+    return sorted(rows, key=lambda row: -row[0])

@@ -1,0 +1,244 @@
+"""What the runs of `experiment=best` and of its rivals say, sentence by sentence."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.recipe_runs import (
+    CONTEXT_LAYERS,
+    FIRST_LAYER,
+    LEVERS,
+    NO_CONTEXTS,
+    RIVALS,
+    Key,
+    Published,
+    Run,
+    has_recipe,
+    lever_rows,
+    mean,
+    of,
+    settings,
+    spread,
+)
+from ctxkv_lightning.config import flat
+
+
+def sentences(found: dict[Key, list[Run]], published: Published, patient: Published) -> list[str]:
+    """What the tables say, each with the bound that was set beforehand; test PPL where the bound is on it."""
+    return [
+        *against_published(found, {**published, **{size: runs for size, runs in patient.items() if runs}}),
+        *against_cache(found),
+        *with_counts_and_without(found),
+        *without_pointer(found),
+        *against_rivals(found),
+        *best_of_all(found),
+        *worth_of_layers(found),
+        *worth_of_levers(found),
+        *time_and_text(found, published),
+    ]
+
+
+def sized(samples: int) -> dict[str, Any]:
+    """What a run of this size changes in the recipe."""
+    return {} if samples == 100 else {"samples": samples}
+
+
+def seeds(runs: Sequence[Run]) -> str:
+    return "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
+
+
+def verdict(ratio: float, bound: float) -> str:
+    """A bound, and whether it was kept; with one digit more where three do not show that it was not."""
+    missed = f", and is missed ({ratio:.4f})" if round(ratio, 3) == bound else ", and is missed"
+    return f"at most {bound} was asked for{'' if ratio <= bound else missed}"
+
+
+def against_published(found: dict[Key, list[Run]], published: Published) -> list[str]:
+    """The recipe against the published model, at both sizes."""
+    said = []
+    for samples, bound in ((100, 0.27), (500, 0.3)):
+        best, theirs = of(found, **sized(samples)), published.get(samples, [])
+        if best and theirs:
+            ratio = mean(best, "test_ppl") / mean(theirs, "test_ppl")
+            said.append(
+                f"With {samples} samples the recipe reaches a test PPL of {spread(best, 'test_ppl')} ({seeds(best)}), "
+                f"{ratio:.3f} × the published one's {spread(theirs, 'test_ppl')} ({seeds(theirs)}"
+                f"{still_gaining(theirs)}; {verdict(ratio, bound)})."
+            )
+    return said
+
+
+def still_gaining(runs: Sequence[Run]) -> str:
+    """How many of these runs were best at the last epoch that they might take, in words; nothing if none was."""
+    last = sum(run["train"]["best_epoch"] == run["config"]["train"]["max_epochs"] for run in runs)
+    if not last:
+        return ""
+    return f", {'' if last == len(runs) else f'{last} of them '}still gaining when the epochs ended"
+
+
+def against_cache(found: dict[Key, list[Run]]) -> list[str]:
+    """The recipe against counting with a cache, at both sizes."""
+    said = []
+    for samples in (100, 500):
+        best = of(found, **sized(samples))
+        if best:
+            footing = best[0]["footing"]
+            test, val = (footing[f"{prefix}kneser_ney_cache_ppl"] for prefix in ("test_", ""))
+            ratio = mean(best, "test_ppl") / test
+            said.append(
+                f"With {samples} samples a Kneser-Ney trigram with a cache of the last 640 tokens, its weights fitted "
+                f"on the validation set, reaches {test:.1f} on the test set: the recipe is at {ratio:.3f} × "
+                f"({verdict(ratio, 1.0)}), on the validation set at {mean(best) / val:.3f} ×."
+            )
+    return said
+
+
+def with_counts_and_without(found: dict[Key, list[Run]]) -> list[str]:
+    """What the recipe is without the trigram that is one of its own voices."""
+    best, bare = of(found), of(found, recipe__ngram=False)
+    if not bare or not best[0].get("ngram"):
+        return []
+    test, cache = mean(bare, "test_ppl"), best[0]["footing"]["test_kneser_ney_cache_ppl"]
+    return [
+        f"One of its voices is that very trigram ({best[0]['ngram']['bytes'] / 1e6:.1f} MB of counts of the training "
+        "text, which do not grow with the text that is read). Without it the recipe reaches "
+        f"{spread(bare, 'test_ppl')} ({seeds(bare)}), {test / cache:.3f} × the trigram with its cache "
+        f"and {test / mean(best, 'test_ppl'):.3f} × the whole recipe."
+    ]
+
+
+def without_pointer(found: dict[Key, list[Run]]) -> list[str]:
+    """The recipe without its pointer against counting without a cache; and the network alone."""
+    said, change = [], {"recipe__pointer_heads": 0, "recipe__pointer_values": False}
+    for samples, bound in ((100, 0.95), (500, 1.0)):
+        bare = of(found, **change, **sized(samples))
+        if bare:
+            counts = bare[0]["footing"]["test_kneser_ney_ppl"]
+            ratio = mean(bare, "test_ppl") / counts
+            said.append(
+                f"Without its pointer, at {samples} samples, it is at a test PPL of {spread(bare, 'test_ppl')} "
+                f"({seeds(bare)}), {ratio:.3f} × the trigram alone ({counts:.1f}; {verdict(ratio, bound)})."
+            )
+    alone = of(found, **change, recipe__ngram=False)
+    if alone:
+        counts = alone[0]["footing"]["test_kneser_ney_ppl"]
+        ratio = mean(alone, "test_ppl") / counts
+        said.append(
+            f"The network alone, with neither pointer nor counts, is at {spread(alone, 'test_ppl')} ({seeds(alone)}), "
+            f"{ratio:.3f} × the trigram: "
+            + ("counting remembers what it saw once better." if ratio > 1 else "it beats counting by itself.")
+        )
+    return said
+
+
+def against_rivals(found: dict[Key, list[Run]]) -> list[str]:
+    """A sentence for each rival with the same extras."""
+    said = []
+    for name, bound, words in (
+        ("transformer", 1.05, "attention over all tokens, its state growing with the text"),
+        ("sliding_window", 0.97, "keys and values of the last tokens, twice the bytes with the pointer's contexts"),
+        ("sliding_window, half for its pointer", 0.97, "25 tokens in each layer and a pointer over 310 contexts"),
+        ("sliding_window, most for its pointer", 0.97, "9 tokens in each layer and a pointer over 500 contexts"),
+        ("recurrence", 0.97, "the current context alone in each layer, and a pointer over 602 contexts"),
+    ):
+        if rival := of(found, **RIVALS[name]):
+            said.append(against(of(found), rival, name, bound, words))
+    return said
+
+
+def worth_of_layers(found: dict[Key, list[Run]]) -> list[str]:
+    """What the local layers add, and what attention to contexts adds beside them."""
+    alone, contexts, bare = (
+        [run for run in of(found, **LEVERS[name]) if run["config"]["seed"] == 42]
+        for name in (FIRST_LAYER, CONTEXT_LAYERS, NO_CONTEXTS)
+    )
+    own = [run for run in of(found) if run["config"]["seed"] == 42]
+    if not (alone and contexts and bare and own):
+        return []
+    base = mean(own)
+    worth = mean(bare) / base
+    said = (
+        "adds nothing that this text shows" if worth < 1.01 else f"is still worth something (without it, {worth:.3f} ×)"
+    )
+    return [
+        f"The first layer alone is at a validation PPL of {mean(alone):.1f}, four that all read the same contexts at "
+        f"{mean(contexts):.1f}, one and three local ones at {base:.1f}; with no context but the current one in reach "
+        f"of the first, it is {mean(bare):.1f} (one seed): beside a pointer over the same contexts and layers over the "
+        f"last few tokens, attention to contexts {said}."
+    ]
+
+
+def worth_of_levers(found: dict[Key, list[Run]]) -> list[str]:
+    """Which changes harm the recipe most, and which hardly."""
+    best, said = of(found), []
+    rows = lever_rows(found)
+    if rows:
+        base = mean([run for run in best if run["config"]["seed"] == 42] or best)
+        worth = ", ".join(f"{name} ({ppl / base:.2f} ×)" for ppl, name, _ in rows[:3])
+        idle = [name for ppl, name, _ in rows if ppl < 1.01 * base]
+        said.append(f"What harms the recipe most, of the changes in the table, is to train it {worth}; one seed each.")
+        if idle:
+            said.append(f"To train it {', or '.join(idle)} costs less than 1 % or helps (one seed).")
+    return said
+
+
+def time_and_text(found: dict[Key, list[Run]], published: Published) -> list[str]:
+    """What the recipe costs, and what it lacks."""
+    best, said = of(found), []
+    on_cpu, alike = (
+        [run for run in runs if run["machine"]["device"] == "cpu"] for runs in (best, published.get(100, []))
+    )
+    if on_cpu and alike:
+        own, theirs = (statistics.mean(run["seconds"]["train"] for run in runs) for runs in (on_cpu, alike))
+        said.append(
+            f"Phase 2 took {own:.0f} s with the recipe, {theirs:.0f} s without it ({own / theirs:.2f} ×), one thread "
+            "each, not side by side, on machines that had other work too."
+        )
+    last = [run["train"]["epochs"][-1] for run in best]
+    train, val = (statistics.mean(epoch[f"{name}_ppl"] for epoch in last) for name in ("train", "val"))
+    if train < val:
+        said.append(
+            f"In its last epoch it is at {train:.0f} on the training text, with dropout, and at {val:.0f} on the "
+            "validation text: more text, not more model, is what it lacks."
+        )
+    return said
+
+
+def on_chats(runs: Sequence[Run]) -> list[str]:
+    """The recipe, untouched, against the published model on conversations of UltraChat."""
+    chats = [run for run in runs if run["config"]["data"]["source"] == "jsonl"]
+    recipe = {key: value for key, value in settings().items() if key.startswith("recipe.")}
+    best = [run for run in chats if has_recipe(run) and recipe.items() <= flat(run["config"]).items()]
+    theirs = [run for run in chats if not has_recipe(run)]
+    if not best or not theirs:
+        return []
+    ratio, footing = mean(best, "test_ppl") / mean(theirs, "test_ppl"), best[0]["footing"]
+    return [
+        f"Untouched, on {best[0]['config']['samples']} conversations of UltraChat with GPT-2's BPE and an SVD "
+        f"embedding, it reaches a test PPL of {spread(best, 'test_ppl')} ({seeds(best)}), {ratio:.3f} × the published "
+        f"one's {spread(theirs, 'test_ppl')} ({seeds(theirs)}; {verdict(ratio, 0.7)}); the trigram reaches "
+        f"{footing['test_kneser_ney_ppl']:.1f}, with its cache {footing['test_kneser_ney_cache_ppl']:.1f}."
+    ]
+
+
+def best_of_all(found: dict[Key, list[Run]]) -> list[str]:
+    """Which model does best with the extras, by validation PPL, where that is not the recipe's own."""
+    models = {name: of(found, **changed) for name, changed in RIVALS.items()}
+    ranked = sorted((mean(runs), model) for model, runs in models.items() if runs)
+    if not ranked or ranked[0][0] >= mean(of(found)):
+        return []
+    return [
+        f"So `{ranked[0][1]}` with the pointer is the best of these on the validation set ({ranked[0][0]:.1f} against "
+        f"{mean(of(found)):.1f}): once a pointer reads all contexts that are kept, attention to some of them adds "
+        "parameters, not memory."
+    ]
+
+
+def against(best: list[Run], rival: list[Run], name: str, bound: float, words: str) -> str:
+    """How the recipe does against a rival with the same extras, of which at most `bound` × was asked for."""
+    ratio = mean(best, "test_ppl") / mean(rival, "test_ppl")
+    kept, theirs = (runs[0]["decode_state"]["bytes"]["10000"] for runs in (best, rival))
+    return (
+        f"Against `{name}` with the same extras ({words}; {theirs:,} bytes kept against {kept:,}), test PPL is "
+        f"{ratio:.3f} × ({spread(best, 'test_ppl')} against {spread(rival, 'test_ppl')}; {verdict(ratio, bound)})."
+    )

@@ -167,9 +167,6 @@ def evaluate(parser: argparse.ArgumentParser) -> Handler:
     suites = ("position", "copy", "passkey", "mqar")
     parser.add_argument("--suite", nargs="+", choices=suites, help="what to ask (default: all that fits the run)")
     parser.add_argument("--split", choices=("validation", "test"), default="validation", help="(default: %(default)s)")
-    parser.add_argument(
-        "--presence-penalty", type=float, default=3.0, metavar="NATS", help="for the last 4 tokens (default: 3)"
-    )
     parser.add_argument("--seed", type=int, default=42, help="of what is drawn (default: %(default)s)")
     parser.add_argument("--trials", type=int, metavar="N", help="texts at each lag (default: 50, passkey 20)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where figures go (default: the first RUN)")

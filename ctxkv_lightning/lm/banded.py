@@ -38,7 +38,8 @@ class BandedAttention(torch.autograd.Function):
                 queries, keys, values = (x[part] for x in given)
                 bias = _bias(mask, part, queries, bands)
                 scores = torch.baddbmm(bias, _blocks(queries, bands), _windows(keys, bands).mT, alpha=scale)
-                weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+                exact = torch.promote_types(scores.dtype, torch.float32)
+                weights = torch.softmax(scores, dim=-1, dtype=exact).to(query.dtype)
                 to[part].copy_((weights @ _windows(values, bands)).view_as(queries))
                 if any(ctx.needs_input_grad):
                     kept.append(weights)

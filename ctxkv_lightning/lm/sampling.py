@@ -66,6 +66,7 @@ class Sampler:
         """Logits (B, V) with the presence penalty for the last `PENALISED` of tokens (B, n)."""
         if not self.presence_penalty:
             return logits
+        logits = logits.double()
         penalty = torch.zeros_like(logits).scatter_(1, last[:, -PENALISED:], self.presence_penalty)
         return logits - penalty
 

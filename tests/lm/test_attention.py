@@ -119,6 +119,18 @@ def test_bf16_products_on_the_cpu_agree_with_fp32(way):
         assert (a - b).abs().max().item() < 0.1
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_fp64_stays_fp64(way):
+    inputs = [x.detach().double().requires_grad_() for x in draw(70, 40, 3)]
+    with going(way):
+        fast = strided_attention(*inputs, 7, 5)
+    slow = oracles.gather_attention(*inputs, 7, 5)
+    torch.testing.assert_close(fast, slow, atol=1e-13, rtol=0)
+    gradients = (torch.autograd.grad(x.square().sum(), inputs) for x in (fast, slow))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
 def test_autocast_does_not_round_what_is_given_in_fp32():
     inputs = draw(70, 40, 3)
     with torch.autocast("cpu", torch.bfloat16):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
@@ -178,12 +179,30 @@ def _identity_of(run: RunFolder) -> str | None:
 def _onto(saved: Config, trial: Trial) -> Config:
     """The run's own configuration with what the command line says on top."""
     plain, asked = flat(asdict(_plain_config())), flat(asdict(trial.config))
-    named = {override.key_or_group for override in _parse(trial.words)}
+    named = _named(trial.words)
     merged = OmegaConf.structured(saved)
     for key, value in asked.items():
         if key in named or value != plain[key]:
             OmegaConf.update(merged, key, value)
-    return from_composed(merged)
+    config = OmegaConf.to_object(merged)  # the pipeline names what differs, whether or not the two go together
+    assert isinstance(config, Config)
+    return config
+
+
+def _named(words: list[str]) -> set[str]:
+    """The keys that these words set, be it to their defaults: themselves, or by the options they choose."""
+    loader = GlobalHydra.instance().config_loader()
+    assert isinstance(loader, ConfigLoaderImpl)
+    found = loader.compute_defaults_list("config", words, RunMode.RUN)
+    repository = loader._parse_overrides_and_create_caching_repo("config", words)[1]
+    named = {override.key_or_group for override in _parse(words)}
+    for option in found.defaults:
+        path = option.config_path or ""
+        if path.rpartition("/")[0] in found.overrides.override_choices:
+            loaded: Any = repository.load_config(path)
+            keys = flat(OmegaConf.to_container(loaded.config, resolve=False))  # type: ignore[arg-type]
+            named |= {f"{option.package}.{key}".removeprefix(".") for key in keys}
+    return named
 
 
 def _plain_config() -> Config:

@@ -1,5 +1,6 @@
 """`resume=` on the command line: which run it means, with which settings, and what it refuses."""
 
+import operator
 import os
 import time
 from dataclasses import asdict
@@ -47,6 +48,23 @@ def test_what_the_command_line_says_stands_on_top_even_if_it_is_a_default(here):
     assert trial.config.trainer.accelerator == "cpu"
     (trial,) = read_command_line([f"resume={run.path}", "interval=20"]).trials
     assert trial.config.interval == 20  # for the pipeline to refuse
+
+
+@pytest.mark.parametrize(
+    ("began", "words", "key", "value"),
+    [
+        ("model=transformer", "model=context_kv", "model.name", "context_kv"),
+        ("data=text data.files=[a.txt]", "data=pydocs", "data.source", "pydocs"),
+        ("embedding=random", "embedding=svd", "embedding.source", "svd"),
+        ("embedding.dim=64", "experiment=published", "embedding.dim", 768),
+        ("data=mqar", "data=ultrachat", "tokenizer.source", "tiktoken"),
+        ("trainer=cpu", "trainer=auto", "trainer.accelerator", "auto"),
+    ],
+)
+def test_an_option_that_is_a_default_stands_on_top_too(here, began, words, key, value):
+    run = left(here, "a", "train.lr=0.5", *began.split())
+    (trial,) = read_command_line([f"resume={run.path}", *words.split()]).trials
+    assert operator.attrgetter(key)(trial.config) == value  # for the pipeline to refuse, if it may not change
 
 
 def test_last_is_the_newest_run(here):

@@ -116,7 +116,7 @@ def answered(run: Chosen) -> list[Entry]:
 def evaluation_of(folder: Path) -> dict[str, Any]:
     """A run's evaluation, from its folder if that one still holds. Raises UserError for a run that does not load."""
     config = load_config(RunFolder(folder))
-    asked = Asked(suites_of(folder, config, None), SPLIT, SEED, None, LAGS)
+    asked = Asked(suites_of(folder, config, None), True, SPLIT, SEED, None, LAGS)
     return finished(folder, asked) or evaluate_run(folder, config, asked)
 
 

@@ -74,6 +74,12 @@ def prepare_text(config: Config) -> Text:
             raise UserError(f"the {name} text has {size} tokens and needs at least 2: add text")
     if max(config.intervals) >= sizes["train"]:
         raise UserError(f"interval={config.interval} must be below the {sizes['train']:,} training tokens")
+    period = math.lcm(*config.intervals)
+    if config.selection == "grid" and period >= sizes["train"]:
+        raise UserError(
+            f"interval={config.interval} with selection=grid repeats every {period:,} tokens, and there are "
+            f"{sizes['train']:,} to train on: choose intervals with a smaller common multiple"
+        )
     log.info(
         f"text {len(chosen['train']):,} documents, {sizes['train']:,} training tokens, vocabulary "
         f"{encoding.n_vocab:,}{reused(tokens)}"

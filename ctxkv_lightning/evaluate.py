@@ -21,7 +21,7 @@ from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.state import state_bytes
 from ctxkv_lightning.remember.association import mqar_suite
 from ctxkv_lightning.remember.copying import LAGS, TRIALS, copy_suite, edges
-from ctxkv_lightning.remember.passkey import DISTANCES, passkey_suite
+from ctxkv_lightning.remember.passkey import DISTANCES, Encode, passkey_suite, shortest_distance
 from ctxkv_lightning.remember.passkey import TRIALS as PASSKEY_TRIALS
 from ctxkv_lightning.remember.position import TARGETS, Positions, position_suite
 from ctxkv_lightning.remember.recall import Recall
@@ -45,6 +45,8 @@ class Asked:
     """How a run is to be examined."""
 
     suites: Sequence[str]
+    named: bool
+    """Whether these suites were asked for by name: one that cannot be asked is left out otherwise."""
     split: str
     seed: int
     trials: int | None
@@ -57,6 +59,8 @@ def run_evaluate(options: Namespace) -> None:
     configs = {folder: load_config(RunFolder(folder)) for folder in options.folders}
     suites = {folder: suites_of(folder, config, options.suite) for folder, config in configs.items()}
     lags = common_lags(list(configs.values()))
+    if options.seed < 0:
+        raise UserError(f"seed={options.seed} must be at least 0")
     if options.trials is not None and options.trials < 1:
         raise UserError(f"trials={options.trials} must be at least 1")
     output = options.output or options.folders[0]
@@ -67,7 +71,7 @@ def run_evaluate(options: Namespace) -> None:
     names = named({folder: as_run(str(folder), RunFolder(folder).read_metrics()) for folder in configs})
     shown = {}
     for folder, config in configs.items():
-        asked = Asked(suites[folder], options.split, options.seed, options.trials, lags)
+        asked = Asked(suites[folder], options.suite is not None, options.split, options.seed, options.trials, lags)
         shown[names[folder]] = evaluate_run(folder, config, asked)
     console = Console()
     for title, table in tables(shown):
@@ -109,8 +113,7 @@ def edges_of(config: Config) -> set[int]:
 def evaluate_run(folder: Path, config: Config, asked: Asked) -> dict[str, Any]:
     """Asks one run, writes its evaluation.json, in which suites asked before stay, and returns what was asked now."""
     run, trained = RunFolder(folder), open_trained(folder)
-    if trained.metrics is None:
-        raise UserError(f"{folder} is an export, which does not say what text it was trained on: name the run itself")
+    assert trained.metrics is not None
     documents = held_out(run, config, trained, asked.split)
     about = {
         "model": as_run(folder.name, trained.metrics).model,
@@ -121,12 +124,18 @@ def evaluate_run(folder: Path, config: Config, asked: Asked) -> dict[str, Any]:
     before, found = asked_before(folder / EVALUATION), dict[str, Any]()
     for name in asked.suites:
         began = time.perf_counter()
-        result = ask(name, trained, config, documents, asked)
+        try:
+            result = ask(name, trained, config, documents, asked)
+        except UserError as error:
+            if asked.named or (name == asked.suites[-1] and not found):
+                raise
+            print(f"{folder}: left out: {error}", file=sys.stderr)
+            continue
         state = {"state_bytes": state_bytes(trained.model, result.tokens)} if isinstance(result, Recall) else {}
         found[name] = {**asdict(result), **state, "split": asked.split, "seed": asked.seed}
         print(f"{folder}: {name} in {time.perf_counter() - began:.1f} s", file=sys.stderr)
-    content = {**about, "suites": {**before, **found}}
-    write_whole(folder / EVALUATION, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        content = {**about, "suites": {**before, **found}}  # suite by suite: the next may take long, or fail
+        write_whole(folder / EVALUATION, json.dumps(content, indent=2, allow_nan=False) + "\n")
     return {**about, "suites": found}
 
 
@@ -157,6 +166,10 @@ def ask(
 ) -> Positions | Recall:
     """One suite's result."""
     model, stream = trained.model, torch.cat(list(documents))
+
+    def encode(text: str) -> Tensor:
+        return trained.encode(text).cpu()
+
     try:
         match name:
             case "position":
@@ -165,13 +178,16 @@ def ask(
                 return copy_suite(model, stream, asked.lags, asked.seed, asked.trials or TRIALS)
             case "passkey":
                 trials = asked.trials or PASSKEY_TRIALS
-                return passkey_suite(
-                    model, lambda text: trained.encode(text).cpu(), stream, DISTANCES, asked.seed, trials
-                )
+                return passkey_suite(model, encode, stream, reachable(encode), asked.seed, trials)
             case _:
                 return mqar_suite(model, config.data.mqar, stream)
     except ValueError as error:
         raise UserError(f"--suite {name} cannot be asked of this run ({error})") from error
+
+
+def reachable(encode: Encode) -> list[int]:
+    """Passkey distances that have room for what stands between, in tokens of this run's; all, where none has."""
+    return [distance for distance in DISTANCES if distance >= shortest_distance(encode)] or list(DISTANCES)
 
 
 def named(runs: Mapping[Path, Run]) -> dict[Path, str]:

@@ -18,6 +18,7 @@ SOURCES = {
     "pydocs": "the English documentation inside a Python installation",
     "text": "the author's own files",
     "jsonl": "the author's own conversations",
+    "mqar": "an associative recall task, of which only the answers are scored",
 }
 """What a run's text was; that of the hub has a name."""
 

@@ -51,6 +51,9 @@ def load_weights(module: ContextKVLMModule, source: str, data: ContextDataModule
         norm = Recipe(**(checkpoint["hyper_parameters"].get("recipe") or {})).norm
         if norm != module.model.recipe.norm:
             raise RuntimeError(f"its norm is {norm}, not {module.model.recipe.norm}")
+        heads = checkpoint["hyper_parameters"]["heads"]
+        if hasattr(module.model, "attention") and heads != module.hparams["heads"]:
+            raise RuntimeError(f"its heads are {heads}, not {module.hparams['heads']}")
         local = checkpoint["hyper_parameters"].get("local_window") is not None
         if module.model.deeper and local != (module.hparams["local_window"] is not None):
             raise RuntimeError("the layers after the first read contexts in one, tokens in the other")

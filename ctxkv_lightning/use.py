@@ -62,6 +62,8 @@ def open_trained(folder: Path) -> TrainedModel:
 def open_run(folder: Path) -> TrainedModel:
     """The best checkpoint of a finished run, on the CPU. Raises UserError as `open_trained`."""
     run = RunFolder(folder)
+    if not run.config.is_file() and (Path(folder) / CONFIG).is_file():
+        raise UserError(f"{folder} is an export, which is no run: name the run that it was made of")
     if not run.config.is_file():
         raise UserError(f"{folder} is no run: it has no {run.config.name}, nor the {CONFIG} of an export")
     if not run.metrics.is_file():

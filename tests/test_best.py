@@ -177,6 +177,15 @@ def test_weights_of_layers_that_read_something_else_are_no_start(tmp_path):
         pipeline.run_experiment(local, tmp_path / "second")
 
 
+def test_weights_of_other_heads_are_no_start(tmp_path):
+    """Which have the same names and sizes."""
+    run = small_run(tmp_path)
+    config = load_config(RunFolder(run))
+    other = replace(config, heads=1 if config.heads > 1 else 2, init_from=str(run))
+    with pytest.raises(UserError, match=f"its heads are {config.heads}, not {other.heads}"):
+        pipeline.run_experiment(other, tmp_path / "second")
+
+
 def test_a_checkpoint_from_before_there_were_recipes_and_layers_still_opens(tmp_path):
     checkpoint = read(small_run(tmp_path) / "checkpoints" / "best.ckpt")
     for name in ("recipe", "layers"):

@@ -119,6 +119,21 @@ def test_suites_that_were_asked_before_stay(runs, capsys):
     assert "passkey" not in capsys.readouterr().out.split("copy:")[1]
 
 
+def test_what_cannot_be_asked_is_left_out_unless_it_was_named(runs, capsys, monkeypatch):
+    run = shutil.copytree(runs[0], runs[0].parent / "leaving-out")
+    (run / "evaluation.json").unlink(missing_ok=True)
+    monkeypatch.setattr(evaluate, "DISTANCES", (5, 60))
+    assert main(["evaluate", str(run), "--suite", "passkey", "--trials", "1"]) == 0
+    assert [at["first"] for at in written(run)["suites"]["passkey"]["lags"]] == [60]
+    monkeypatch.setattr(evaluate, "DISTANCES", (5,))
+    (run / "evaluation.json").unlink()
+    assert main(["evaluate", str(run), "--trials", "1"]) == 0
+    assert "left out: --suite passkey cannot be asked of this run" in capsys.readouterr().err
+    assert list(written(run)["suites"]) == ["position", "copy"]
+    assert main(["evaluate", str(run), "--suite", "copy", "passkey", "--trials", "1", "--seed", "7"]) == 2
+    assert written(run)["suites"]["copy"]["seed"] == 7  # what was answered before is kept
+
+
 def test_runs_with_other_tokenizers_get_texts_of_their_own(runs, capsys, tmp_path):
     command = ["evaluate", str(runs[0]), str(runs[2]), "--suite", "copy", "position", "--trials", "1"]
     assert main([*command, "--output", str(tmp_path)]) == 0
@@ -168,6 +183,7 @@ def test_what_cannot_be_evaluated_is_one_sentence(runs, mqar_run, tmp_path, caps
         ([str(damaged)], "evaluation.json is not an evaluation"),
         ([str(runs[0]), "--output", str(damaged / "evaluation.json" / "x")], "--output .* cannot be made"),
         ([str(runs[0]), "--trials", "0"], "trials=0 must be at least 1"),
+        ([str(runs[0]), "--seed", "-1"], "seed=-1 must be at least 0"),
         ([str(runs[0]), "--suite", "paskey"], "invalid choice: 'paskey'"),
     ):
         assert main(["evaluate", *arguments]) == 2

@@ -107,6 +107,13 @@ def test_a_tuple_of_intervals_survives_and_the_signature_is_what_it_was(tmp_path
     }  # fmt: skip
 
 
+def test_a_card_says_what_the_text_was(run):
+    trained = open_trained(run)
+    for source, words in (("mqar", "tokens of an associative recall task"), ("hub", "tokens of the data set some/set")):
+        trained.metrics["config"]["data"] |= {"source": source, "dataset": "some/set"}
+        assert words in model_card(trained, "exported")
+
+
 def test_the_card_says_what_the_run_measured(run, exported):
     card, metrics = (exported / "README.md").read_text(), json.loads((run / "metrics.json").read_text())
     assert card == model_card(open_trained(run), "exported")
@@ -182,6 +189,8 @@ def test_the_command_writes_a_new_folder_only(run, tmp_path, capsys):
     assert (folder / "config.json").stat().st_mtime_ns == before
     assert main(["export", str(tmp_path), str(tmp_path / "x")]) == 2
     assert "is no run" in capsys.readouterr().err
+    assert main(["export", str(folder), str(tmp_path / "x")]) == 2
+    assert "is an export, which is no run: name the run that it was made of" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 

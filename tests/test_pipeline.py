@@ -195,6 +195,14 @@ def test_an_interval_longer_than_the_text_is_refused(tmp_path):
         pipeline.run_experiment(replace(text_config(tmp_path, "a.txt"), interval=5000), tmp_path / "run")
 
 
+def test_intervals_of_a_grid_that_never_meet_in_the_text_are_refused(tmp_path):
+    """Windows start where all grids do: a common multiple beyond the text would be as much padding."""
+    (tmp_path / "a.txt").write_text("A few words, and then some more of them. " * 30)
+    config = replace(text_config(tmp_path, "a.txt"), selection="grid", heads=2, interval=[97, 89])
+    with pytest.raises(UserError, match=r"repeats every 8,633 tokens, and there are .* a smaller common multiple"):
+        pipeline.run_experiment(config, tmp_path / "run")
+
+
 def test_a_tiny_text_of_ones_own_runs_through(tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(f"Line {i} of a short text about nothing, {i * i}." for i in range(40)))
     pipeline.run_experiment(text_config(tmp_path, "a.txt"), tmp_path / "run")

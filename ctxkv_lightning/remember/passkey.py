@@ -42,9 +42,9 @@ def passkey_suite(
 
     Raises ValueError for a distance shorter than what stands between key and question.
     """
-    asked, tail = encode(ASKED), encode(TAIL)
-    if min(distances) < len(asked) + len(tail):
-        raise ValueError(f"distances must be at least {len(asked) + len(tail)} tokens, for so many are no filler")
+    asked, tail, shortest = encode(ASKED), encode(TAIL), shortest_distance(encode)
+    if min(distances, default=0) < shortest:
+        raise ValueError(f"distances must be at least {shortest} tokens, for so many are no filler")
     length = max(distances) + LEAD + len(encode(SAID)) + DIGITS + 1
     found: dict[int, list[Answer]] = {distance: [] for distance in sorted(distances)}
     never = []
@@ -59,6 +59,11 @@ def passkey_suite(
             text = planted(filler, said, distance - len(tail))
             found[distance].append(answer(key_losses(model, text, keys), before))
     return Recall(1 / CANDIDATES, length, [at_lag(distance, answers, never) for distance, answers in found.items()])
+
+
+def shortest_distance(encode: Encode) -> int:
+    """Tokens of what always stands between key and question's end."""
+    return len(encode(ASKED)) + len(encode(TAIL))
 
 
 def drawn_keys(rng: np.random.Generator) -> list[int]:

@@ -22,10 +22,10 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def left(here, name, *words, finished=False):
+def left(here, name, *words, finished=False, day="2026-01-01"):
     """A run folder as an interrupted, or finished, run of these words leaves it."""
     (config,) = check_command_line(list(words))
-    run = RunFolder.claim(here / "outputs" / "2026-01-01" / name)
+    run = RunFolder.claim(here / "outputs" / day / name)
     run.write_config(yaml.safe_dump(asdict(config)))
     if finished:
         run.write_metrics({})
@@ -67,10 +67,19 @@ def test_an_option_that_is_a_default_stands_on_top_too(here, began, words, key, 
     assert operator.attrgetter(key)(trial.config) == value  # for the pipeline to refuse, if it may not change
 
 
-def test_last_is_the_newest_run(here):
+def test_last_is_the_newest_run_that_is_not_finished(here):
     left(here, "b", "interval=2")
     newest = left(here, "a", "interval=3")
+    left(here, "c", "interval=4", finished=True)
     assert read_command_line(["resume=last"]).folder == newest.path
+
+
+def test_a_run_whose_folder_was_named_is_found_too(here):
+    left(here, "a", "interval=2")
+    named = left(here, "named", "interval=2", day="")
+    left(here, "trial", "interval=2", day="sweeps")
+    for name in ("last", "auto"):
+        assert read_command_line([f"resume={name}", "interval=2"]).folder == named.path
 
 
 def test_auto_is_the_newest_interrupted_run_with_these_settings_that_nobody_is_at(here):
@@ -88,7 +97,7 @@ def test_auto_is_the_newest_interrupted_run_with_these_settings_that_nobody_is_a
     ("words", "message"),
     [
         (["resume=nowhere"], "there is no run in that folder"),
-        (["resume=last"], "finds no run below outputs"),
+        (["resume=last"], "finds no interrupted run below outputs"),
         (["-m", "resume=auto", "interval=2,3"], "a sweep goes on when its command is repeated"),
         (["-m", "trainer.devices=2", "interval=2,3"], "must be 1 in a sweep"),
         (["-m", "trainer.num_nodes=2"], "must be 1 in a sweep"),

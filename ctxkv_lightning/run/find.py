@@ -9,11 +9,13 @@ from ctxkv_lightning.run.lease import locked
 
 
 def named_run(name: str, outputs: Path) -> RunFolder:
-    """The run called by its folder, or `last` for the newest below `outputs`. Raises UserError if there is none."""
+    """The run called by its folder, or `last` for the newest unfinished one. Raises UserError if there is none."""
     if name == "last":
-        newest = next(runs(outputs), None)
+        newest = next((run for run in runs(outputs) if not run.metrics.exists()), None)
         if newest is None:
-            raise UserError(f"resume=last finds no run below {outputs}: name its folder, or start one without resume.")
+            raise UserError(
+                f"resume=last finds no interrupted run below {outputs}: name its folder, or start one without resume."
+            )
         return newest
     run = RunFolder(Path(name))
     if not run.config.is_file():
@@ -30,8 +32,9 @@ def unfinished_run(outputs: Path, same: Callable[[RunFolder], bool]) -> RunFolde
 
 
 def runs(outputs: Path) -> Iterator[RunFolder]:
-    """Runs below `outputs`, newest first; not those of sweeps, which resume when the sweep is repeated."""
-    configs = [path for path in outputs.glob("*/*/config.yaml") if path.parent.parent.name != "sweeps"]
+    """Runs below `outputs`, by day or named, newest first; not those of sweeps, which resume when that is repeated."""
+    configs = [path for depth in ("*", "*/*") for path in outputs.glob(f"{depth}/config.yaml")]
+    configs = [path for path in configs if path.parent.parent.name != "sweeps"]
     for config in sorted(configs, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         yield RunFolder(config.parent)
 

@@ -158,7 +158,10 @@ def pretrain(config: Config, run: RunFolder, data: ContextDataModule, part: int 
     }
 
     def build(folder: Path) -> dict[str, Any]:
-        checkpoint = run.pretrain_checkpoint if run.pretrain_checkpoint.exists() else None
+        phase = "pretrain" if parts == 1 else f"pretrain-{part + 1}"
+        # Its own: resumed with an empty cache, a run builds other parts again than the one it was interrupted in.
+        last = run.pretrain_checkpoint(phase)
+        checkpoint = last if last.exists() else None
         L.seed_everything(config.seed, verbose=False)
         module = OACDPretrainModule(
             config.context_dim,
@@ -178,7 +181,7 @@ def pretrain(config: Config, run: RunFolder, data: ContextDataModule, part: int 
         trainer = make_trainer(
             {**asdict(config.trainer), "devices": 1, "num_nodes": 1, "strategy": "auto"},  # one step an iteration
             run,
-            "pretrain" if parts == 1 else f"pretrain-{part + 1}",
+            phase,
             steps=1,
             precision="32-true",
             max_epochs=options["max_iterations"],
@@ -186,11 +189,11 @@ def pretrain(config: Config, run: RunFolder, data: ContextDataModule, part: int 
             gradient_clip_val=options["clip_norm"],
             limit_val_batches=0,
             kept_steps=steps_done(checkpoint),
-            callbacks=[target, RandomState(), Safeguard(run.pretrain_checkpoint, between="epochs")],
+            callbacks=[target, RandomState(), Safeguard(last, between="epochs")],
         )
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         save_encoder(module.encoder, folder)
-        trainer.strategy.remove_checkpoint(run.pretrain_checkpoint)
+        trainer.strategy.remove_checkpoint(last)
         return module.summary()
 
     store = get_or_build(config.cache_dir, "encoder", key, build)

@@ -49,15 +49,14 @@ def check_checkpoints(run: RunFolder, resume: str) -> None:
 
 def _check_phase_one(run: RunFolder, resume: str) -> None:
     """A forgiving resume begins Phase 1 anew where its checkpoint is damaged: it comes to the same."""
-    if not run.pretrain_checkpoint.exists():
-        return
-    try:
-        verify(run.pretrain_checkpoint)
-    except UserError as error:
-        if resume == "strict":
-            raise UserError(f"{error}; resume=auto begins Phase 1 anew") from None
-        log.info(f"{error}: beginning Phase 1 anew")
-        VerifiedCheckpointIO().remove_checkpoint(run.pretrain_checkpoint)
+    for checkpoint in run.pretrain_checkpoints:
+        try:
+            verify(checkpoint)
+        except UserError as error:
+            if resume == "strict":
+                raise UserError(f"{error}; resume=auto begins Phase 1 anew") from None
+            log.info(f"{error}: beginning Phase 1 anew")
+            VerifiedCheckpointIO().remove_checkpoint(checkpoint)
 
 
 def check_identity(run: RunFolder, text: Text) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -173,6 +174,25 @@ def test_phase_one_stopped_by_a_signal_resumes_bit_for_bit(whole, tmp_path, monk
     pipeline.run_experiment(config, tmp_path / "run", resume="strict")
     assert_same_run(tmp_path / "run", whole, ("pretrain", "train"))
     assert not (tmp_path / "run" / "pretrain.ckpt").exists()
+
+
+@pytest.mark.slow
+def test_phase_one_of_a_later_encoder_is_not_taken_for_that_of_the_first(tmp_path, monkeypatch):
+    """The cache is empty when the run goes on: the first encoder, finished before, is trained again."""
+
+    class StopSecond(Stop):
+        def on_train_batch_end(self, trainer, pl_module, *rest):
+            if trainer.logger.version == "pretrain-2":
+                super().on_train_batch_end(trainer, pl_module, *rest)
+
+    config = replace(BASE, model=replace(BASE.model, name="cascade"), cache_dir=str(tmp_path / "cache"))
+    whole = tmp_path / "whole"
+    pipeline.run_experiment(replace(config, cache_dir=str(tmp_path / "other cache")), whole)
+    assert interrupted(config, tmp_path / "run", StopSecond("OACDPretrainModule", 2), monkeypatch) == 143
+    shutil.rmtree(tmp_path / "cache")
+    pipeline.run_experiment(config, tmp_path / "run", resume="strict")
+    assert_same_run(tmp_path / "run", whole, ("pretrain-1", "pretrain-2", "train"))
+    assert not list((tmp_path / "run").glob("pretrain*.ckpt"))
 
 
 @pytest.mark.slow

@@ -75,10 +75,14 @@ class RunFolder:
         """Held while a process is at the run."""
         return self.path / ".lock"
 
+    def pretrain_checkpoint(self, phase: str) -> Path:
+        """Phase 1, interrupted, of the encoder that `phase` trains; gone once it has ended."""
+        return self.path / f"{phase}.ckpt"
+
     @property
-    def pretrain_checkpoint(self) -> Path:
-        """Phase 1, interrupted; gone once it has ended."""
-        return self.path / "pretrain.ckpt"
+    def pretrain_checkpoints(self) -> list[Path]:
+        """Those of all encoders whose Phase 1 was interrupted."""
+        return sorted(self.path.glob("pretrain*.ckpt"))
 
     @property
     def last_checkpoint(self) -> Path:

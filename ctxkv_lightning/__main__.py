@@ -220,8 +220,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODE
-    except KeyboardInterrupt:
-        return 130
+    except (Exception, SystemExit):
+        raise
+    except BaseException as stop:  # Ctrl-C, or a signal after which training has saved
+        return getattr(stop, "code", 130)
     return 0
 
 

@@ -9,6 +9,7 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
 from ctxkv_lightning.run.callbacks import History, announcing
 from ctxkv_lightning.run.checkpoint import BestCheckpoint, Patience, RandomState, VerifiedCheckpointIO
-from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.run.folder import RunFolder, alone_in
 from ctxkv_lightning.run.interruption import Safeguard
 from ctxkv_lightning.run.saved import read, steps_done
 from ctxkv_lightning.run.trainer import FlushLogs, KeptCSVLogger, quiet_lightning
@@ -40,6 +41,10 @@ OBJECTS = ("callbacks", "logger", "plugins", "profiler")
 class ContextCLI(LightningCLI):
     """LightningCLI with the callbacks of Phase 2, resuming as `train.py resume=` does."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        with ExitStack() as self._held:
+            super().__init__(*arguments, **options)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Gives the callbacks their sections in the file."""
         for name, callback in (
@@ -57,8 +62,11 @@ class ContextCLI(LightningCLI):
         return super().instantiate_trainer(plugins=plugins, callbacks=callbacks, logger=False, **kwargs)
 
     def before_fit(self) -> None:
-        """Keeps the logged rows of the steps that the checkpoint has behind it."""
+        """Takes the run for itself; keeps the logged rows of the steps that the checkpoint has behind it."""
         options, path = self.config[self.subcommand], self.config[self.subcommand].ckpt_path
+        run = RunFolder(Path(options.csv.folder))
+        if self.trainer.is_global_zero and run.path.is_dir():  # nobody is at one that is not there yet
+            self._held.enter_context(alone_in(run))
         kept = steps_done(Path(path)) if path else 0
         self.trainer.logger = KeptCSVLogger(options.csv.folder, options.csv.phase, kept)
 

@@ -4,8 +4,6 @@ The only place that builds objects from the configuration. Each stage leaves a s
 begins alike starts where the two part.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,7 +27,6 @@ from ctxkv_lightning.build import (
 from ctxkv_lightning.config import Config
 from ctxkv_lightning.context.pretrain import CONVERGENCE, OACDPretrainModule, save_encoder
 from ctxkv_lightning.datamodule import ContextDataModule
-from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.initial import borrowed_encoder, load_weights
 from ctxkv_lightning.lm.module import MONITOR, ContextKVLMModule
 from ctxkv_lightning.metrics import (
@@ -44,9 +41,8 @@ from ctxkv_lightning.report.page import summary_table, write_report
 from ctxkv_lightning.resume import check_changes, check_checkpoints, check_identity
 from ctxkv_lightning.run.callbacks import History, Stages, announcing, log, logging_to
 from ctxkv_lightning.run.checkpoint import BestCheckpoint, Patience, RandomState
-from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.run.folder import RunFolder, alone_in
 from ctxkv_lightning.run.interruption import Safeguard
-from ctxkv_lightning.run.lease import locked
 from ctxkv_lightning.run.machine import (
     compile_mode,
     compile_pays,
@@ -107,15 +103,6 @@ def run_experiment(config: Config, folder: Path, resume: Literal["no", "strict",
             log.info(f"report {report}")
         Console().print(summary_table(metrics))
     return metrics["result"]["val_ppl"]
-
-
-@contextmanager
-def alone_in(run: RunFolder) -> Iterator[None]:
-    """Holds the run during the block; raises UserError where another process has it."""
-    with locked(run.lock) as held:
-        if held is False:
-            raise UserError(f"another process is at the run {run.path}: let it end, or stop it first")
-        yield
 
 
 def run_stages(config: Config, run: RunFolder, text: Text, stages: Stages) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """LightningCLI: the same modules, the same numbers, no code from files, nothing overruled without a word."""
 
+import os
+import signal
 import sys
 from dataclasses import replace
 
@@ -9,6 +11,8 @@ import yaml
 from ctxkv_lightning import __main__ as second_door
 from ctxkv_lightning import pipeline
 from ctxkv_lightning.errors import EXIT_CODE
+from ctxkv_lightning.lm.module import ContextKVLMModule
+from ctxkv_lightning.run.folder import RunFolder, alone_in
 from ctxkv_lightning.run.saved import read
 from tests.test_resume import BASE, STEPS, Stop, interrupted, rows, same
 
@@ -32,13 +36,17 @@ def cli(*arguments):
     return second_door.main([str(argument) for argument in arguments])
 
 
+def going_on(run):
+    return "fit", "--config", run / "lightning.yaml", "--ckpt_path", run / "checkpoints" / "last.ckpt"
+
+
 @pytest.mark.slow
 def test_fit_goes_on_like_resume_and_the_others_score_like_the_report(stopped, tmp_path, monkeypatch, capsys):
     config, run = stopped
     other = tmp_path / "other"
     interrupted(config, other, Stop("ContextKVLMModule", STEPS + 3), monkeypatch)
     pipeline.run_experiment(config, run, resume="strict")
-    assert cli("fit", "--config", other / "lightning.yaml", "--ckpt_path", other / "checkpoints" / "last.ckpt") == 0
+    assert cli(*going_on(other)) == 0
     ours, theirs = (read(folder / "checkpoints" / "last.ckpt") for folder in (run, other))
     for part in ("state_dict", "optimizer_states", "global_step"):
         assert same(ours[part], theirs[part]), part
@@ -52,10 +60,30 @@ def test_fit_goes_on_like_resume_and_the_others_score_like_the_report(stopped, t
     assert "test/ppl" in told
 
 
+def test_fit_leaves_a_run_alone_that_another_process_is_at(stopped, capsys):
+    _, run = stopped
+    before = read(run / "checkpoints" / "last.ckpt")["global_step"]
+    with alone_in(RunFolder(run)):
+        assert cli(*going_on(run)) == EXIT_CODE
+    assert "another process is at the run" in capsys.readouterr().err
+    assert read(run / "checkpoints" / "last.ckpt")["global_step"] == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_fit_ends_after_a_signal_as_train_does_and_lets_go_of_the_run(stopped, monkeypatch, capsys, number, code):
+    _, run = stopped
+    monkeypatch.setattr(ContextKVLMModule, "on_train_batch_start", lambda *_: os.kill(os.getpid(), number))
+    assert cli(*going_on(run)) == code
+    assert capsys.readouterr().err == ""
+    assert read(run / "checkpoints" / "last.ckpt")["global_step"] == STEPS + 4
+    with alone_in(RunFolder(run)):
+        pass
+
+
 @pytest.mark.slow
 def test_what_a_checkpoint_would_overrule_is_refused(stopped, capsys):
     _, run = stopped
-    common = ("fit", "--config", run / "lightning.yaml", "--ckpt_path", run / "checkpoints" / "last.ckpt")
+    common = going_on(run)
     before = read(run / "checkpoints" / "last.ckpt")["global_step"]
     assert cli(*common, "--model.lr=0.5") == EXIT_CODE
     assert "--model.lr=0.5 has no effect" in capsys.readouterr().err

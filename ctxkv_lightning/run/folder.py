@@ -6,10 +6,12 @@ Knows neither Lightning nor the models; the schema of `metrics.json` stands in D
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.run.lease import locked
 
 
 class RunFolder:
@@ -155,6 +157,15 @@ class RunFolder:
     def write_report(self, text: str) -> None:
         """Replaces `report.md` as a whole; raises UserError when the disk refuses."""
         write_whole(self.report, text)
+
+
+@contextlib.contextmanager
+def alone_in(run: RunFolder) -> Iterator[None]:
+    """Holds the run during the block; raises UserError where another process has it."""
+    with locked(run.lock) as held:
+        if held is False:
+            raise UserError(f"another process is at the run {run.path}: let it end, or stop it first")
+        yield
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -20,7 +20,10 @@ HARMLESS = {
 
 
 def check_changes(config: Config, run: RunFolder) -> None:
-    """Raises UserError where the configuration asked for differs from the run's own in more than `HARMLESS` keys."""
+    """Raises UserError where the configuration asked for differs from the run's own in more than `HARMLESS` keys.
+
+    Trials of a sweep that are one experiment, and share a folder, may differ in what nothing reads.
+    """
     began, asked = load_config(run), flat(asdict(config))
     harmless = HARMLESS - ({"train.max_epochs"} if began.train.schedule == "linear" else set())
     changed = {key: (old, asked[key]) for key, old in flat(asdict(began)).items() if asked[key] != old}
@@ -28,7 +31,7 @@ def check_changes(config: Config, run: RunFolder) -> None:
         if key in harmless - {"resume"}:
             log.info(f"resumed with {key}: {old} -> {new}")
     refused = [f"{key}: {old} -> {new}" for key, (old, new) in changed.items() if key not in harmless]
-    if refused:
+    if refused and began.effective() != config.effective():
         raise UserError(
             f"{run.path} began with other settings ({'; '.join(refused)}): leave them as they were, or start a new run "
             f"from its weights with init_from={run.path}"

@@ -5,17 +5,20 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import lightning as L
 import pytest
 import torch
+import yaml
 from lightning import Callback
 
 from ctxkv_lightning import pipeline
 from ctxkv_lightning.config import TrainConfig
 from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.resume import check_changes
 from ctxkv_lightning.run import checkpoint, interruption
+from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.run.interruption import Interrupted
 from ctxkv_lightning.run.saved import read
 from tests.faults.injections import FORK
@@ -313,6 +316,16 @@ def test_changed_settings_are_refused_but_for_the_harmless_ones(whole, shared, t
     assert len(numbers(tmp_path / "run")[0]) == 1
     states = read(tmp_path / "run" / "checkpoints" / "last.ckpt")["callbacks"]
     assert [state["patience"] for name, state in states.items() if name.startswith("EarlyStopping")] == [2]
+
+
+def test_what_nothing_reads_may_differ(tmp_path):
+    """Trials of a sweep that are one experiment share a folder: the second may resume what the first began."""
+    began, asked = (replace(BASE, model=replace(BASE.model, name="recurrence"), interval=number) for number in (2, 3))
+    run = RunFolder(tmp_path)
+    run.write_config(yaml.safe_dump(asdict(began)))
+    check_changes(asked, run)
+    with pytest.raises(UserError, match="interval: 2 -> 3; seed"):
+        check_changes(replace(asked, seed=7), run)
 
 
 @pytest.mark.slow

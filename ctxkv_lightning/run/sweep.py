@@ -52,7 +52,7 @@ def run_trial(
 ) -> float:
     """Runs a trial unless it is finished or another process has it; its validation PPL, NaN if there is none.
 
-    `run(folder, resume)` does the work: in a folder yet to be made, or, to resume, in that of an interrupted attempt.
+    `run(folder, resume)` does the work: in a folder yet to be made, or, to resume, in that of an earlier attempt.
     An error ends the trial, not the caller: it is told, and kept in `status.json` and the trial's `train.log`.
     Ctrl-C and exit pass through. `quiet` drops what the run prints, which its `train.log` has too.
     """
@@ -80,21 +80,30 @@ def _skip(folder: Path, words: Sequence[str], value: float, why: str) -> float:
 
 
 def can_resume(folder: Path, status: Status | None) -> bool:
-    """Whether an attempt was interrupted, rather than failed, and had got far enough to go on."""
+    """Whether an attempt had got far enough to go on: to an intact checkpoint, if it failed."""
     run = RunFolder(folder)
-    return status is not None and status["state"] != "failed" and run.config.exists() and run.identity.exists()
+    if status is None or not (run.config.exists() and run.identity.exists()):
+        return False
+    return status["state"] != "failed" or _has_intact_checkpoint(run)
+
+
+def _has_intact_checkpoint(run: RunFolder) -> bool:
+    from ctxkv_lightning.run.saved import newest_intact  # loads torch, which only a trial that will run needs
+
+    return any(newest_intact(folder)[0] is not None for folder in (run.checkpoints, run.path))
 
 
 def make_room(folder: Path) -> None:
-    """Makes room for a fresh attempt where one failed, or was interrupted before it had begun.
+    """Makes room for a fresh attempt where one came to nothing.
 
-    Metrics are never deleted: a folder that has some stays, under a hidden name that no report looks into.
+    Metrics and checkpoints are never deleted: a folder that has some stays, under a hidden name that no report looks
+    into.
     """
     if not folder.exists():
         return
     aside = folder.with_name(f".{folder.name}.before-{uuid.uuid4().hex[:6]}")
     folder.rename(aside)
-    if not RunFolder(aside).metrics.exists():
+    if not RunFolder(aside).metrics.exists() and not any(aside.rglob("*.ckpt")):
         shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -23,6 +23,7 @@ from rich.console import Console
 from ctxkv_lightning.errors import EXIT_CODE, UserError
 from ctxkv_lightning.run import lease, sweep
 from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.run.saved import manifest_of, sha256_of
 from ctxkv_lightning.run.sweep import Outcome, exit_code, look, read_status, run_trial
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -373,7 +374,7 @@ def test_a_sweep_is_told_without_loading_torch():
         ("failed", ("config.yaml", "data.json"), False),
     ],
 )
-def test_an_interrupted_trial_goes_on_and_a_failed_one_starts_afresh(folder, state, left, resumed):
+def test_an_interrupted_trial_goes_on_and_one_that_failed_early_starts_afresh(folder, state, left, resumed):
     write(folder, state=state)
     for name in left:
         (folder / name).write_text("")
@@ -386,3 +387,37 @@ def test_an_interrupted_trial_goes_on_and_a_failed_one_starts_afresh(folder, sta
     assert trial(folder, run) == 7
     assert seen == [(resumed, resumed)]
     assert read_status(folder)["state"] == "finished"
+
+
+def failed(folder, name):
+    """A trial that failed with a checkpoint; the checkpoint."""
+    write(folder, state="failed")
+    for left in ("config.yaml", "data.json"):
+        (folder / left).write_text("")
+    checkpoint = folder / name
+    checkpoint.parent.mkdir(exist_ok=True)
+    checkpoint.write_bytes(b"weights")
+    manifest_of(checkpoint).write_text(json.dumps({"sha256": [sha256_of(checkpoint)]}))
+    return checkpoint
+
+
+@pytest.mark.parametrize("name", ["checkpoints/last.ckpt", "pretrain.ckpt"])
+def test_a_failed_trial_goes_on_from_its_checkpoint_as_often_as_it_fails(folder, name):
+    checkpoint, seen = failed(folder, name), []
+
+    def run(path, resume):
+        seen.append((resume, checkpoint.read_bytes()))
+        raise UserError("no room.")
+
+    for _ in range(2):
+        assert math.isnan(trial(folder, run))
+        assert (look(folder, []).state, look(folder, []).reason) == ("failed", "no room.")
+    assert seen == 2 * [(True, b"weights")]
+    assert trial(folder) == 7
+
+
+def test_a_damaged_checkpoint_is_not_deleted_either(folder):
+    failed(folder, "checkpoints/last.ckpt").write_bytes(b"damaged")
+    assert trial(folder, lambda path, resume: finish(path, val_ppl=8.0 if resume else 7.0)) == 7
+    (kept,) = folder.parent.glob(".abc.before-*")
+    assert (kept / "checkpoints" / "last.ckpt").read_bytes() == b"damaged"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import recipe, remembered
+from benchmarks.recipe_sentences import IN_REACH
 from benchmarks.recorded import Entry, kept_entries
 from ctxkv_lightning.config import RecipeConfig
 from ctxkv_lightning.report.comparison import write_comparison
@@ -258,7 +259,7 @@ def sentences(runs: Sequence[Run], rows: Sequence[Row], more: Sequence[Row] = ()
     said.append(_footing(ours, first["footing"]))
     for name, why in (
         ("sliding_window", "the keys and values of the last tokens"),
-        ("transformer", "attention over all tokens"),
+        ("transformer", f"attention over all tokens, PPL measured with {IN_REACH} in reach"),
         ("recurrence", "the current context alone, no attention"),
         ("cascade", "two contexts of two encoders, no attention"),
         (GRID, "contexts at multiples of the interval"),

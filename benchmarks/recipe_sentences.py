@@ -21,6 +21,10 @@ from benchmarks.recipe_runs import (
     spread,
 )
 from ctxkv_lightning.config import flat
+from ctxkv_lightning.windows import WINDOW
+
+IN_REACH = f"the last {WINDOW:,} to {2 * WINDOW - 1:,}"
+"""Tokens that a full transformer reads where it is trained, validated and tested: its window's history and place."""
 
 
 def sentences(found: dict[Key, list[Run]], published: Published, patient: Published) -> list[str]:
@@ -135,7 +139,11 @@ def against_rivals(found: dict[Key, list[Run]]) -> list[str]:
     """A sentence for each rival with the same extras."""
     said = []
     for name, bound, words in (
-        ("transformer", 1.05, "attention over all tokens, its state growing with the text"),
+        (
+            "transformer",
+            1.05,
+            f"attention over all tokens, its state growing with the text; PPL is measured with {IN_REACH} in reach",
+        ),
         ("sliding_window", 0.97, "keys and values of the last tokens, twice the bytes with the pointer's contexts"),
         ("sliding_window, half for its pointer", 0.97, "25 tokens in each layer and a pointer over 310 contexts"),
         ("sliding_window, most for its pointer", 0.97, "9 tokens in each layer and a pointer over 500 contexts"),

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ctxkv_lightning.report.markdown import megabytes, table
+from ctxkv_lightning.windows import WINDOW
 
 Metrics = dict[str, Any]
 
@@ -21,7 +22,8 @@ def kept_sentence(metrics: Metrics) -> str:
     if window["span_tokens"] is None:
         return (
             f"What a decoder keeps grows with the text: {bytes_at['1000'] / 1000:,.0f} KB in fp32 after 1,000 tokens, "
-            f"{bytes_at['10000'] / 1000:,.0f} KB after 10,000 and {last / 1000:,.0f} KB after 100,000."
+            f"{bytes_at['10000'] / 1000:,.0f} KB after 10,000 and {last / 1000:,.0f} KB after 100,000. PPL is "
+            f"measured as it was trained, with the last {WINDOW:,} tokens in reach, or somewhat more."
         )
     if last == bytes_at["10000"] or window["span_tokens"] <= 100_000:
         return f"However long the text, a decoder keeps at most {last:,} bytes ({last / 1000:,.0f} KB) in fp32."

@@ -233,7 +233,8 @@ def test_the_recorded_run_still_has_the_recorded_report() -> None:
         (
             {"model": "transformer"},
             "What a decoder keeps grows with the text: 6,144 KB in fp32 after 1,000 tokens, 61,440 KB after 10,000 and "
-            "614,400 KB after 100,000.",
+            "614,400 KB after 100,000. PPL is measured as it was trained, with the last 1,110 tokens in reach, or "
+            "somewhat more.",
         ),
         (  # 620,001 contexts fill up long after the last count
             {"interval": 20_000},

@@ -213,7 +213,7 @@ def _broken_limits(value: Any, metadata: Any) -> list[str]:
         "below": lambda limit: value < limit,
     }
     limits = metadata.get("limits", {})
-    return [f"{word} {limit:g}" for word, limit in limits.items() if not holds[word](limit)]
+    return [f"{word} {limit:.12g}" for word, limit in limits.items() if not holds[word](limit)]
 
 
 def keys(config: Any = None, prefix: str = "") -> list[str]:

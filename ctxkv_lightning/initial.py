@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from ctxkv_lightning.build import encoder_parts
+from ctxkv_lightning.config import Config
 from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.context.pretrain import save_encoder
 from ctxkv_lightning.datamodule import ContextDataModule
@@ -16,6 +18,18 @@ from ctxkv_lightning.run.saved import read, sha256_of
 from ctxkv_lightning.store import Store, get_or_build
 
 BEST = "best.ckpt"
+
+
+def check_source(config: Config) -> None:
+    """Raises UserError where the run `init_from` has no weights to start from, or, for an encoder, has not finished."""
+    assert config.init_from is not None
+    try:
+        trained(config.init_from)
+        if encoder_parts(config):
+            RunFolder(Path(config.init_from)).read_metrics()
+    except UserError as error:
+        reason = f"init_from={config.init_from} is no start ({str(error).rstrip('.')})"
+        raise UserError(f"{reason}: name the folder of a finished run") from None
 
 
 def borrowed_encoder(source: str, cache_dir: str, number: int) -> Store:

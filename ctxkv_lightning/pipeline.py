@@ -27,7 +27,7 @@ from ctxkv_lightning.build import (
 from ctxkv_lightning.config import Config
 from ctxkv_lightning.context.pretrain import CONVERGENCE, OACDPretrainModule, save_encoder
 from ctxkv_lightning.datamodule import ContextDataModule
-from ctxkv_lightning.initial import borrowed_encoder, load_weights
+from ctxkv_lightning.initial import borrowed_encoder, check_source, load_weights
 from ctxkv_lightning.lm.module import MONITOR, ContextKVLMModule
 from ctxkv_lightning.metrics import (
     describe_attention,
@@ -53,7 +53,7 @@ from ctxkv_lightning.run.machine import (
     solver_device,
 )
 from ctxkv_lightning.run.saved import newest_intact, steps_done
-from ctxkv_lightning.run.trainer import make_trainer
+from ctxkv_lightning.run.trainer import check_hardware, make_trainer
 from ctxkv_lightning.store import Store, get_or_build
 from ctxkv_lightning.text.encoding import save_encoding
 
@@ -72,8 +72,9 @@ class Trained(NamedTuple):
 def run_experiment(config: Config, folder: Path, resume: Literal["no", "strict", "forgiving"] = "no") -> float:
     """Runs the whole experiment into `folder`; the validation PPL of its best checkpoint.
 
-    A new folder is claimed once the text has proved readable. With `resume`, the interrupted run in `folder`
-    goes on: from its newest checkpoint, or, if that is damaged and `resume` is forgiving, from the newest intact one.
+    A new folder is claimed once hardware, `init_from` and text have proved to be there. With `resume`, the interrupted
+    run in `folder` goes on: from its newest checkpoint, or, if that is damaged and `resume` is forgiving, from the
+    newest intact one.
     Raises UserError for a mistake in the input, for a changed text, and for a configuration
     that differs in more than `HARMLESS` keys from the one the run began with.
     """
@@ -85,6 +86,9 @@ def run_experiment(config: Config, folder: Path, resume: Literal["no", "strict",
             text = prepare_text(config)
         return run_stages(config, RunFolder(folder), text, stages)["result"]["val_ppl"]
     with announcing():
+        check_hardware(asdict(config.trainer))
+        if config.init_from is not None:
+            check_source(config)
         if resume != "no":
             check_changes(config, RunFolder(folder))
             check_checkpoints(RunFolder(folder), resume)

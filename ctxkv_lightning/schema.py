@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from ctxkv_lightning.lm.recipe import LARGEST
 from ctxkv_lightning.text.mqar import Task
 
 
@@ -130,10 +131,10 @@ class RecipeConfig:
     """logits = E W h + b: W starts at zero, b at the unigram."""
     read_current: bool = False
     """For `context_kv`: the current context is also read directly, beside attention."""
-    pointer_heads: int = number(0, at_least=0)
+    pointer_heads: int = number(0, at_least=0, below=LARGEST)
     """Heads of a pointer to the tokens that followed contexts like the current one; 0: none."""
-    pointer_dim: int = number(64, at_least=1)
-    pointer_window: int = number(620, at_least=1)
+    pointer_dim: int = number(64, at_least=1, at_most=LARGEST)
+    pointer_window: int = number(620, at_least=1, at_most=LARGEST)
     """Contexts that the pointer looks back on: (max_contexts-1) × interval are kept anyway."""
     pointer_values: bool = False
     """What is pointed at is also read into the final state, as attention reads values."""

@@ -19,6 +19,7 @@ from ctxkv_lightning.config import (
     PretrainConfig,
     TokenizerConfig,
     TrainConfig,
+    TrainerConfig,
 )
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
@@ -187,6 +188,35 @@ def test_too_many_samples_are_refused_with_the_count(tmp_path):
     config = replace(SMALL, cache_dir=str(tmp_path / "cache"), samples=100_000)
     with pytest.raises(UserError, match=r"samples=100000.* \d+ training documents"):
         pipeline.run_experiment(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        (
+            TrainerConfig(strategy="foo"),
+            r"trainer.strategy=foo cannot be had here \(.*invalid strategy name.*\): change",
+        ),
+        (TrainerConfig(accelerator="cpu", strategy="fsdp"), r"trainer.strategy=fsdp cannot .*requires a GPU"),
+        (TrainerConfig(accelerator="mps"), r"trainer.accelerator=mps .* cannot be had here \(.*not available\)"),
+        (TrainerConfig(accelerator="gpu", devices=99), r"trainer.accelerator=gpu trainer.devices=99 .* cannot be had"),
+    ],
+)
+def test_hardware_that_is_not_there_is_one_sentence_and_leaves_no_folder(tmp_path, trainer, message):
+    if trainer.accelerator == "mps" and torch.backends.mps.is_available():
+        pytest.skip("it is there")
+    with pytest.raises(UserError, match=message) as error:
+        pipeline.run_experiment(replace(SMALL, cache_dir=str(tmp_path / "cache"), trainer=trainer), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", ["context_kv", "transformer"])
+def test_a_start_that_is_not_there_is_one_sentence_and_leaves_no_folder(tmp_path, model):
+    config = replace(SMALL, cache_dir=str(tmp_path / "cache"), model=replace(SMALL.model, name=model))
+    with pytest.raises(UserError, match=r"init_from=/nope is no start \(there is no checkpoint .*\): name"):
+        pipeline.run_experiment(replace(config, init_from="/nope"), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_interval_longer_than_the_text_is_refused(tmp_path):

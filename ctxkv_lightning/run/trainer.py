@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 
+from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.run.callbacks import ProgressBar
 from ctxkv_lightning.run.checkpoint import VerifiedCheckpointIO
 from ctxkv_lightning.run.folder import RunFolder
@@ -93,6 +94,20 @@ def make_trainer(
             *([ProgressBar(10 if torch.cuda.is_available() else 1)] if visible else []),
         ],
     )
+
+
+def check_hardware(hardware: dict[str, Any]) -> None:
+    """Raises UserError where a Trainer cannot have this accelerator, these devices or this strategy."""
+    asked = {name: hardware[name] for name in ("accelerator", "devices", "num_nodes", "strategy")}
+    quiet_lightning()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the Trainer that is used says it
+            L.Trainer(**asked, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    except Exception as error:  # Lightning's connectors raise whatever they stumble over
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".!")
+        settings = " ".join(f"trainer.{name}={value}" for name, value in asked.items())
+        raise UserError(f"{settings} cannot be had here ({reason}): change them, or leave them out") from None
 
 
 def quiet_lightning() -> None:

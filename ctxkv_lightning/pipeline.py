@@ -38,7 +38,7 @@ from ctxkv_lightning.metrics import (
     describe_window,
 )
 from ctxkv_lightning.report.page import summary_table, write_report
-from ctxkv_lightning.resume import check_changes, check_checkpoints, check_identity
+from ctxkv_lightning.resume import check_changes, check_checkpoints, check_epochs, check_identity
 from ctxkv_lightning.run.callbacks import History, Stages, announcing, log, logging_to
 from ctxkv_lightning.run.checkpoint import BestCheckpoint, Patience, RandomState
 from ctxkv_lightning.run.folder import RunFolder, alone_in
@@ -92,6 +92,7 @@ def run_experiment(config: Config, folder: Path, resume: Literal["no", "strict",
         if resume != "no":
             check_changes(config, RunFolder(folder))
             check_checkpoints(RunFolder(folder), resume)
+            check_epochs(config, RunFolder(folder))
         with stages("text"):
             text = prepare_text(config)
         run = RunFolder.claim(folder) if resume == "no" else RunFolder(folder)

@@ -10,7 +10,7 @@ from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.run.callbacks import log
 from ctxkv_lightning.run.checkpoint import VerifiedCheckpointIO, clear_aside
 from ctxkv_lightning.run.folder import RunFolder
-from ctxkv_lightning.run.saved import newest_intact, verify
+from ctxkv_lightning.run.saved import epochs_done, newest_intact, verify
 
 HARMLESS = {
     "resume", "cache_dir", "embeddings", "train.max_epochs", "train.patience", "train.compile",
@@ -48,6 +48,16 @@ def check_checkpoints(run: RunFolder, resume: str) -> None:
         raise UserError(f"{complaints[0]}; resume=auto goes on from the newest that is intact")
     for complaint in complaints:
         log.info(f"{complaint}: going on from {usable} instead")
+
+
+def check_epochs(config: Config, run: RunFolder) -> None:
+    """Raises UserError where the run has trained for more epochs than it is to."""
+    done = epochs_done(newest_intact(run.checkpoints)[0])
+    if done > config.train.max_epochs:
+        raise UserError(
+            f"{run.path} has {done} epochs behind it, more than train.max_epochs={config.train.max_epochs}: "
+            f"give at least {done}, or start a new run"
+        )
 
 
 def _check_phase_one(run: RunFolder, resume: str) -> None:

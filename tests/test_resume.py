@@ -329,6 +329,19 @@ def test_what_nothing_reads_may_differ(tmp_path):
 
 
 @pytest.mark.slow
+def test_fewer_epochs_than_are_done_are_refused_before_anything_is_written(shared, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    interrupted(shared, run, Stop("ContextKVLMModule", 2 * STEPS + 3), monkeypatch)
+    before = {name: (run / name).read_bytes() for name in ("config.yaml", "lightning.yaml", "train.log")}
+    shorter = replace(shared, train=replace(shared.train, max_epochs=1))
+    with pytest.raises(UserError, match=r"2 epochs behind it, more than train\.max_epochs=1: give at least 2"):
+        pipeline.run_experiment(shorter, run, resume="strict")
+    assert before == {name: (run / name).read_bytes() for name in before}
+    pipeline.run_experiment(replace(shared, train=replace(shared.train, max_epochs=2)), run, resume="strict")
+    assert len(numbers(run)[0]) == 2
+
+
+@pytest.mark.slow
 def test_a_changed_text_is_refused_with_both_hashes(shared, tmp_path, monkeypatch):
     config = shared
     interrupted(config, tmp_path / "run", Stop("ContextKVLMModule", 3), monkeypatch)

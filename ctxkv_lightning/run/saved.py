@@ -72,6 +72,11 @@ def steps_done(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else read(checkpoint)["global_step"]
 
 
+def epochs_done(checkpoint: Path | None) -> int:
+    """Epochs that a checkpoint has behind it, whole ones."""
+    return 0 if checkpoint is None else read(checkpoint)["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+
+
 def sha256_of(path: Path) -> str:
     """The digest that a manifest states."""
     digest = hashlib.sha256()

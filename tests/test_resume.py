@@ -390,6 +390,22 @@ def test_a_run_killed_after_stopping_early_trains_no_further(shared, tmp_path, m
 
 
 @pytest.mark.slow
+def test_a_run_that_stopped_early_goes_on_with_more_patience(shared, tmp_path):
+    """As far as a run that had this patience from the start, though not one that has no more than was waited."""
+    config = replace(shared, train=replace(BASE.train, max_epochs=8, patience=1, lr=0.05))
+    run, patient = tmp_path / "run", replace(config, train=replace(config.train, patience=50))
+    pipeline.run_experiment(config, run)
+    stopped = len(numbers(run)[0])
+    assert stopped < 8, "the test shows nothing"
+    pipeline.run_experiment(config, run, resume="strict")
+    assert len(numbers(run)[0]) == stopped
+    pipeline.run_experiment(patient, run, resume="strict")
+    pipeline.run_experiment(patient, tmp_path / "whole")
+    assert_same_run(run, tmp_path / "whole")
+    assert not json.loads((run / "metrics.json").read_text())["train"]["stopped_early"]
+
+
+@pytest.mark.slow
 def test_a_new_run_may_start_from_the_weights_of_another(whole, shared, tmp_path):
     config = replace(shared, init_from=str(whole))
     pipeline.run_experiment(replace(config, train=replace(BASE.train, max_epochs=1)), tmp_path / "run")

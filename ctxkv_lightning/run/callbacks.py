@@ -14,6 +14,7 @@ import psutil
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 log = logging.getLogger("ctxkv_lightning")
 
@@ -87,7 +88,7 @@ class History(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.perf_counter()  # an epoch that is resumed half-way is timed from here
-        trainer.should_stop = trainer.should_stop or self._stopped
+        trainer.should_stop = trainer.should_stop or (self._stopped and not has_patience_again(trainer))
         self._trainer = trainer
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,6 +103,14 @@ class History(Callback):
         row |= {column: float(trainer.callback_metrics[name]) for column, name in self.columns.items()}
         row |= {"seconds": seconds, "tokens_per_second": self.tokens / (self._trained - self._started)}
         self.epochs.append(row)
+
+
+def has_patience_again(trainer: Trainer) -> bool:
+    """Whether training had been stopped for want of patience and has been given more than it has waited."""
+    patience = trainer.early_stopping_callback
+    if patience is None or patience.stopping_reason is not EarlyStoppingReason.PATIENCE_EXHAUSTED:
+        return False
+    return patience.wait_count < patience.patience
 
 
 class Stages:

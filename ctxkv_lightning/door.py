@@ -43,7 +43,7 @@ from ctxkv_lightning.config import (
 )
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.foreign import check_foreign, check_foreign_folder
-from ctxkv_lightning.run.find import named_run, unfinished_run
+from ctxkv_lightning.run.find import named_run, runs, unfinished_run
 from ctxkv_lightning.run.folder import RunFolder
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -135,7 +135,8 @@ def read_command_line(arguments: list[str]) -> CommandLine:
         chosen_later = multirun and not _is_basic(asked.sweeper)
         trials = _compose_all(words)
         _refuse_in_sweeps(trials, multirun)
-        resumed = None if multirun else _resumed(trials[0])
+        named = any(override.key_or_group == "hydra.run.dir" for override in _parse(options.overrides))
+        resumed = None if multirun else _resumed(trials[0], Path(asked.run.dir) if named else None)
         if resumed is not None:
             trials = [Trial(words[0], _onto(load_config(resumed), trials[0]))]
         names = sorted({trial.identity for trial in trials}) + (sorted(options.overrides) if chosen_later else [])
@@ -159,14 +160,18 @@ def _refuse_in_sweeps(trials: list[Trial], multirun: bool) -> None:
             raise UserError("trainer.devices and num_nodes must be 1 in a sweep, whose trials run one to a device.")
 
 
-def _resumed(trial: Trial) -> RunFolder | None:
-    """The run that `resume` means: none for `auto` where nothing with these settings was interrupted."""
+def _resumed(trial: Trial, folder: Path | None) -> RunFolder | None:
+    """The run that `resume` means: none for `auto` where nothing with these settings was interrupted.
+
+    Where a new run's `folder` is named, `auto` looks there alone: of two jobs that are alike, each has its own.
+    """
     name = trial.config.resume
     if name is None:
         return None
     if name != "auto":
         return named_run(name, OUTPUTS)
-    return unfinished_run(OUTPUTS, lambda run: _identity_of(run) == trial.identity)
+    found = runs(OUTPUTS) if folder is None else [RunFolder(folder)]
+    return unfinished_run(found, lambda run: _identity_of(run) == trial.identity)
 
 
 def _identity_of(run: RunFolder) -> str | None:

@@ -2,6 +2,7 @@
 
 import operator
 import os
+import shutil
 import time
 from dataclasses import asdict
 
@@ -91,6 +92,17 @@ def test_auto_is_the_newest_interrupted_run_with_these_settings_that_nobody_is_a
     with locked(newer.lock):
         assert read_command_line(["resume=auto", "interval=2"]).folder == older.path
     assert read_command_line(["resume=auto", "interval=4"]).resumed is None
+
+
+def test_auto_looks_in_the_folder_that_is_named_and_in_no_other(here):
+    """A requeued job repeats its command: it goes on with its own run, wherever that is, and with nobody else's."""
+    left(here, "other", "interval=2")
+    far = here / "elsewhere" / "job"
+    words = ["resume=auto", "interval=2", f"hydra.run.dir={far}"]
+    asked = read_command_line(words)
+    assert (asked.resumed, asked.folder) == (None, far)
+    shutil.copytree(left(here, "own", "interval=2").path, far)
+    assert read_command_line(words).resumed.path == far
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Finds the run that is to be resumed; loads neither torch nor Lightning."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ctxkv_lightning.errors import UserError
@@ -23,10 +23,10 @@ def named_run(name: str, outputs: Path) -> RunFolder:
     return run
 
 
-def unfinished_run(outputs: Path, same: Callable[[RunFolder], bool]) -> RunFolder | None:
-    """The newest unfinished run below `outputs` that is the `same` and that no process is at, if there is one."""
-    for run in runs(outputs):
-        if not run.metrics.exists() and same(run) and is_free(run):
+def unfinished_run(among: Iterable[RunFolder], same: Callable[[RunFolder], bool]) -> RunFolder | None:
+    """The first unfinished run among these that is the `same` and that no process is at, if there is one."""
+    for run in among:
+        if run.config.is_file() and not run.metrics.exists() and same(run) and is_free(run):
             return run
     return None
 

@@ -75,7 +75,7 @@ def prepare(config: Config, folder: Path) -> Prepared:
     with stages("embedding"):
         data = pipeline.build_data(config, text, pipeline.build_embedding(config, text))
     with stages("pretrain"):
-        encoder = pipeline.pretrain(config, run, data)
+        encoder = pipeline.pretrain(config, run, data, stages)
     with stages("contexts"):
         data.use_encoders([str(encoder.path)])
         data.prepare_data()

@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from ctxkv_lightning.datamodule import ContextDataModule
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
-from ctxkv_lightning.run.callbacks import History, announcing
+from ctxkv_lightning.run.callbacks import History, Stages, announcing
 from ctxkv_lightning.run.checkpoint import BestCheckpoint, Patience, RandomState, VerifiedCheckpointIO
 from ctxkv_lightning.run.folder import RunFolder, alone_in
 from ctxkv_lightning.run.interruption import Safeguard
@@ -42,6 +42,7 @@ class ContextCLI(LightningCLI):
     """LightningCLI with the callbacks of Phase 2, resuming as `train.py resume=` does."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._stages = Stages()
         with ExitStack() as self._held:
             super().__init__(*arguments, **options)
 
@@ -58,7 +59,7 @@ class ContextCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Lightning's, with what every Trainer of ours has."""
-        plugins, callbacks = [VerifiedCheckpointIO()], [RandomState(), FlushLogs()]
+        plugins, callbacks = [VerifiedCheckpointIO()], [self._stages, RandomState(), FlushLogs()]
         return super().instantiate_trainer(plugins=plugins, callbacks=callbacks, logger=False, **kwargs)
 
     def before_fit(self) -> None:
@@ -67,6 +68,7 @@ class ContextCLI(LightningCLI):
         run = RunFolder(Path(options.csv.folder))
         if self.trainer.is_global_zero and run.path.is_dir():  # nobody is at one that is not there yet
             self._held.enter_context(alone_in(run))
+        self._held.enter_context(self._stages("train"))
         kept = steps_done(Path(path)) if path else 0
         self.trainer.logger = KeptCSVLogger(options.csv.folder, options.csv.phase, kept)
 

@@ -119,7 +119,7 @@ def run_stages(config: Config, run: RunFolder, text: Text, stages: Stages) -> di
     with stages("pretrain"):
         parts = encoder_parts(config)
         if config.init_from is None:
-            encoders = [pretrain(config, run, data, part, of) for part, of in parts]
+            encoders = [pretrain(config, run, data, stages, part, of) for part, of in parts]
         else:
             encoders = [borrowed_encoder(config.init_from, config.cache_dir, part) for part, _ in parts]
     with stages("contexts"):
@@ -129,13 +129,15 @@ def run_stages(config: Config, run: RunFolder, text: Text, stages: Stages) -> di
         for store in contexts:
             log.info(f"contexts exact to {store.facts['seam_error']:.1e} at every seam{reused(store)}")
     with stages("train"):
-        trained = train(config, run, data, text.vocab_size)
+        trained = train(config, run, data, text.vocab_size, stages)
     with stages("footing"):
         footing = build_footing(config, text)
     return collect_metrics(config, text, data, encoders, contexts, trained, footing, stages)
 
 
-def pretrain(config: Config, run: RunFolder, data: ContextDataModule, part: int = 0, parts: int = 1) -> Store:
+def pretrain(
+    config: Config, run: RunFolder, data: ContextDataModule, stages: Stages, part: int = 0, parts: int = 1
+) -> Store:
     """Phase 1 on one of `parts` equal parts of the training text: the trained encoder's store, its summary as facts."""
     options = asdict(config.pretrain)
     start, stop = (data.train_tokens * edge // parts for edge in (part, part + 1))
@@ -181,7 +183,7 @@ def pretrain(config: Config, run: RunFolder, data: ContextDataModule, part: int 
             gradient_clip_val=options["clip_norm"],
             limit_val_batches=0,
             kept_steps=steps_done(checkpoint),
-            callbacks=[target, RandomState(), Safeguard(last, between="epochs")],
+            callbacks=[target, stages, RandomState(), Safeguard(last, between="epochs")],
         )
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         save_encoder(module.encoder, folder)
@@ -197,7 +199,7 @@ def pretrain(config: Config, run: RunFolder, data: ContextDataModule, part: int 
     return store
 
 
-def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: int) -> Trained:
+def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: int, stages: Stages) -> Trained:
     """Phase 2, then the best checkpoint reloaded: validated, and tested once."""
     L.seed_everything(config.seed, verbose=False)
     module = build_module(config, vocab_size)
@@ -221,7 +223,7 @@ def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: i
         steps=steps,
         kept_steps=steps_done(checkpoint),
         may_wait=[BEST],
-        callbacks=[history, RandomState(), patience, best, safeguard],
+        callbacks=[history, stages, RandomState(), patience, best, safeguard],
     )
     if trainer.is_global_zero:
         parts = {"model": dict(module.hparams), "data": dict(data.hparams), **settings}

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from dataclasses import asdict, replace
 
 import lightning as L
@@ -39,7 +40,7 @@ class Stop(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def interrupted(config, folder, stop, monkeypatch):
+def interrupted(config, folder, stop, monkeypatch, resume="no"):
     """Runs until the signal; the exit code that the run asks for."""
     make = pipeline.make_trainer
     with monkeypatch.context() as patch:
@@ -49,7 +50,7 @@ def interrupted(config, folder, stop, monkeypatch):
             lambda *args, callbacks, **options: make(*args, callbacks=[stop, *callbacks], **options),
         )
         with pytest.raises(Interrupted) as raised:
-            pipeline.run_experiment(config, folder)
+            pipeline.run_experiment(config, folder, resume)
     return raised.value.code
 
 
@@ -126,6 +127,49 @@ def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(whole, shared, tmp_path, 
     torch.manual_seed(12345)  # another process would begin with other random numbers
     pipeline.run_experiment(shared, tmp_path / "run", resume="strict")
     assert_same_run(tmp_path / "run", whole)
+
+
+def times(folder):
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return metrics["seconds"], metrics["train"]["epochs"]
+
+
+@pytest.mark.slow
+def test_times_count_what_was_spent_before_a_resume(shared, tmp_path, monkeypatch):
+    class Slow(Stop):
+        """An epoch whose time is spent before the signal."""
+
+        def on_train_batch_start(self, trainer, pl_module, *rest):
+            if type(pl_module).__name__ == self.phase and trainer.global_step == STEPS + 1:
+                time.sleep(3)
+
+    config, run = shared, tmp_path / "run"
+    assert interrupted(config, run, Slow("ContextKVLMModule", STEPS + 3), monkeypatch) == 143
+    pipeline.run_experiment(config, run, resume="strict")
+    seconds, epochs = times(run)
+    half = epochs[1]
+    assert half["seconds"] > 3
+    assert half["tokens_per_second"] < epochs[0]["tokens_per_second"] * epochs[0]["seconds"] / 3
+    pipeline.run_experiment(config, run, resume="strict")  # it is finished
+    again, same_epochs = times(run)
+    assert same_epochs == epochs
+    for spent in (seconds, again):
+        assert spent["train"] > sum(row["seconds"] for row in epochs)
+        assert spent["total"] == pytest.approx(sum(value for name, value in spent.items() if name != "total"))
+
+
+@pytest.mark.slow
+def test_times_of_phase_one_count_what_was_spent_before_a_resume(tmp_path, monkeypatch):
+    class Slow(Stop):
+        def on_train_batch_start(self, trainer, pl_module, *rest):
+            if type(pl_module).__name__ == self.phase and trainer.global_step == self.at - 1:
+                time.sleep(3)
+
+    config = replace(BASE, cache_dir=str(tmp_path / "cache"))
+    assert interrupted(config, tmp_path / "run", Slow("OACDPretrainModule", 2), monkeypatch) == 143
+    assert interrupted(config, tmp_path / "run", Stop("ContextKVLMModule", 3), monkeypatch, resume="strict") == 143
+    pipeline.run_experiment(config, tmp_path / "run", resume="strict")
+    assert times(tmp_path / "run")[0]["pretrain"] > 3
 
 
 @pytest.mark.slow

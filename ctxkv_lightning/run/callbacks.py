@@ -63,8 +63,8 @@ class ProgressBar(RichProgressBar):
 class History(Callback):
     """Keeps one row per training epoch: the logged metrics named in `columns`, seconds and tokens per second.
 
-    Rows go into the checkpoint, and with them whether training has been told to stop: a run killed between its last
-    checkpoint and its end does not train on.
+    An epoch that is resumed half-way took the time until it was saved, too. Rows go into the checkpoint, and with them
+    whether training has been told to stop: a run killed between its last checkpoint and its end does not train on.
     """
 
     def __init__(self, columns: dict[str, str], tokens: int) -> None:
@@ -73,10 +73,12 @@ class History(Callback):
         self.epochs: list[dict[str, float]] = []
         self._stopped = False
         self._trainer: Trainer | None = None
-        self._started = self._trained = 0.0
+        self._started = self._trained = time.perf_counter()
+        self._spent = 0.0  # on the epoch under way, before it was resumed
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epochs": self.epochs, "stopped": self.stopped}
+        spent = time.perf_counter() - self._started
+        return {"epochs": self.epochs, "stopped": self.stopped, "spent": spent}
 
     @property
     def stopped(self) -> bool:
@@ -85,9 +87,10 @@ class History(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.epochs, self._stopped = state_dict["epochs"], state_dict["stopped"]
+        self._spent = state_dict.get("spent", 0.0)  # which older checkpoints lack
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._started = time.perf_counter()  # an epoch that is resumed half-way is timed from here
+        self._started = time.perf_counter() - self._spent  # an epoch that is resumed half-way does not start again
         trainer.should_stop = trainer.should_stop or (self._stopped and not has_patience_again(trainer))
         self._trainer = trainer
 
@@ -103,6 +106,7 @@ class History(Callback):
         row |= {column: float(trainer.callback_metrics[name]) for column, name in self.columns.items()}
         row |= {"seconds": seconds, "tokens_per_second": self.tokens / (self._trained - self._started)}
         self.epochs.append(row)
+        self._started = time.perf_counter()  # a checkpoint saved from here on has no epoch under way
 
 
 def has_patience_again(trainer: Trainer) -> bool:
@@ -113,20 +117,46 @@ def has_patience_again(trainer: Trainer) -> bool:
     return patience.wait_count < patience.patience
 
 
-class Stages:
-    """Seconds by stage, and memory at each stage's end."""
+class Stages(Callback):
+    """Seconds by stage, and memory at each stage's end.
+
+    As a callback it keeps the seconds in the checkpoint, so that those of a resumed run count what was spent before.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.memory: list[dict[str, Any]] = []
+        self._name, self._since = "", time.perf_counter()
+        self._before: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Times the block as stage `name` and notes the memory in use when it ends."""
-        started = time.perf_counter()
+        self._name, self._since = name, time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - started
+        self._count()
         self.memory.append({"stage": name, "cpu_gb": resident_gb(), "gpu_gb": gpu_peak_gb()})
+
+    def state_dict(self) -> dict[str, Any]:
+        self._count()
+        return {"seconds": dict(self.seconds)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before = state_dict["seconds"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds them here, for a checkpoint that is loaded to be validated is no resumed run."""
+        for name, seconds in self._before.items():
+            self._add(name, seconds)
+        self._before = {}
+
+    def _count(self) -> None:
+        now = time.perf_counter()
+        self._add(self._name, now - self._since)
+        self._since = now
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 def resident_gb() -> float:

@@ -229,7 +229,9 @@ def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: i
         parts = {"model": dict(module.hparams), "data": dict(data.hparams), **settings}
         run.write_lightning(yaml.safe_dump(lightning_settings(config, trainer, hardware, parts), sort_keys=False))
     if compile_pays(config.train.compile, config.trainer.accelerator, steps * config.train.max_epochs):
-        module.model.compile(mode=compile_mode(config.trainer.accelerator))
+        mode = compile_mode(config.trainer.accelerator)
+        # On a CPU each shape by itself: the compiler of torch 2.13 fails on attention in fp32 when one may change.
+        module.model.compile(mode=mode, dynamic=None if mode else False)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     trainer.logger = None  # the phase's metrics.csv ends with its last epoch
     epochs, stopped = history.epochs, history.stopped  # before the best checkpoint brings back those of its time

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -298,3 +299,17 @@ def test_the_door_ends_with_one_sentence_and_leaves_nothing(tmp_path, arguments,
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("checkpoints"))
     assert not list(tmp_path.glob("outputs/2*/*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_a_compiled_model_trains_in_fp32_like_an_eager_one(tmp_path):
+    """Batches have two lengths here, after which the compiler would take them for any."""
+    (tmp_path / "a.txt").write_text("\n".join(f"Line {i} of a short text about nothing, {i * i}." for i in range(90)))
+    plain = text_config(tmp_path, "a.txt")
+    plain = replace(plain, trainer=replace(plain.trainer, precision="32-true"))
+    compiled = replace(plain, train=replace(plain.train, compile="on"))
+    eager, fast = (
+        pipeline.run_experiment(config, tmp_path / name) for name, config in (("eager", plain), ("fast", compiled))
+    )
+    assert fast == pytest.approx(eager, rel=1e-3)

@@ -297,7 +297,12 @@ def test_a_parallel_sweep_survives_a_failing_trial(tmp_path, launcher, options):
 def test_a_real_sweep_stopped_halfway_runs_only_what_is_missing(tmp_path, how):
     command = [sys.executable, str(ROOT / "train.py"), "-m", "interval=3,4,5", "hydra.sweep.dir=sweep", *SMALL]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as sweep:
+
+    def hears_ctrl_c():  # which what a shell starts in the background, these tests perhaps, ignores
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    heard = {"preexec_fn": hears_ctrl_c, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, **heard) as sweep:
         while len(list((tmp_path / "sweep").glob("*/checkpoints"))) < 2:  # until the second one is under way
             assert sweep.poll() is None
             time.sleep(0.05)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctxkv_lightning.lm.banded import BandedAttention
-from ctxkv_lightning.lm.bands import Bands, bands
+from ctxkv_lightning.lm.bands import Bands, bands, padded
 
 Selection = Literal["strided", "grid"]
 """Which contexts are read: those of every I-th token back, or the current one and those at multiples of I."""
@@ -40,7 +40,7 @@ def strided_attention(
     if goes_by_parts(query):
         mixed: Tensor = BandedAttention.apply(query, key, value, mask, fold)
         return mixed
-    rows = _pad(_fold(query, fold.head, fold.tail, interval), 0, fold.extra)
+    rows = padded(_fold(query, fold.head, fold.tail, interval), 0, fold.extra)
     queries = rows.reshape(B, H, interval, fold.blocks, fold.size, d)
     keys, values = (_windows(_fold(x, 0, fold.tail, interval), fold) for x in (key, value))
     mixed = _dense_blocks(queries, keys, values, mask)
@@ -56,12 +56,7 @@ def goes_by_parts(query: Tensor) -> bool:
 
 def _fold(x: Tensor, head: int, tail: int, interval: int) -> Tensor:
     """(B, H, T, d), padded to a multiple of I, -> (B, H, I, G, d): position g·I + r becomes row g of residue r."""
-    return _pad(x, head, tail).unflatten(-2, (-1, interval)).transpose(2, 3)
-
-
-def _pad(x: Tensor, front: int, back: int) -> Tensor:
-    """Zeros before and after along the position axis; no copy where there are none."""
-    return F.pad(x, (0, 0, front, back)) if front or back else x
+    return padded(x, head, tail).unflatten(-2, (-1, interval)).transpose(2, 3)
 
 
 def _windows(x: Tensor, fold: Bands) -> Tensor:
@@ -71,8 +66,8 @@ def _windows(x: Tensor, fold: Bands) -> Tensor:
     `unfold` is slow.
     """
     before = fold.before
-    body = _pad(x[..., fold.first + before :, :], 0, fold.extra).unflatten(-2, (fold.blocks, fold.size))
-    ahead = _pad(x[..., max(fold.first, 0) : fold.first + before, :], max(-fold.first, 0), 0)[..., None, :, :]
+    body = padded(x[..., fold.first + before :, :], 0, fold.extra).unflatten(-2, (fold.blocks, fold.size))
+    ahead = padded(x[..., max(fold.first, 0) : fold.first + before, :], max(-fold.first, 0), 0)[..., None, :, :]
     if fold.blocks > 1:
         ahead = torch.cat([ahead, body[..., :-1, fold.size - before :, :]], dim=-3)
     return torch.cat([ahead, body], dim=-2)
@@ -118,7 +113,7 @@ def grid_attention(
     blocks = -(-chunks // size)
     tail = blocks * size * interval - (T + head)
     queries, own_keys, own_values = (
-        _pad(x, head, tail).unflatten(2, (blocks, size * interval)) for x in (query, key[:, :, S:], value[:, :, S:])
+        padded(x, head, tail).unflatten(2, (blocks, size * interval)) for x in (query, key[:, :, S:], value[:, :, S:])
     )
     column = torch.arange(size + max_contexts - 2, device=query.device)
     row = torch.arange(blocks, device=query.device)[:, None] * size + column - (max_contexts - 1)

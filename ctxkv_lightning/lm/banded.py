@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ctxkv_lightning.lm.bands import Bands
+from ctxkv_lightning.lm.bands import Bands, padded
 
 CACHED = 1 << 21
 """Bytes of the windows of keys that go together, about, for each thread."""
@@ -28,8 +27,8 @@ class BandedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, bands: Bands) -> Tensor:
         T, more = query.shape[2], bands.tail + bands.extra * bands.interval
-        query = _pad(query, bands.head, more)
-        key, value = _pad(key, 0, more), _pad(value, 0, more)
+        query = padded(query, bands.head, more)
+        key, value = padded(key, 0, more), padded(value, 0, more)
         mixed, scale = _room(query), 1 / math.sqrt(query.shape[-1])
         parts, kept = list(_parts(query, bands)), []
         with torch.autocast("cpu", enabled=False):
@@ -51,7 +50,7 @@ class BandedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
         bands, T, keys = ctx.bands, grad.shape[2], key.shape[2] - ctx.more
-        grad = _pad(grad, bands.head, ctx.more)
+        grad = padded(grad, bands.head, ctx.more)
         gradients = [_room(x) for x in (query, key, value)]
         with torch.autocast("cpu", enabled=False):
             given = [_folded(x, bands) for x in (grad, query, key, value)]
@@ -130,8 +129,3 @@ def _room(x: Tensor) -> Tensor:
     """For (B, H, n, d); the heads of a position side by side, as layers want them."""
     B, H, n, d = x.shape
     return x.new_empty(B, n, H, d).transpose(1, 2)
-
-
-def _pad(x: Tensor, front: int, back: int) -> Tensor:
-    """Zeros before and after along the position axis; no copy where there are none."""
-    return F.pad(x, (0, 0, front, back)) if front or back else x

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 BLOCK = 32
 """Queries in a block, about, where there are so many: fewer would make the products small."""
@@ -75,3 +76,8 @@ def _blocks(queries: int, before: int) -> tuple[int, int]:
         if blocks > 1 and before <= size:
             return size, blocks
     return queries, 1
+
+
+def padded(x: Tensor, front: int, back: int) -> Tensor:
+    """Zeros before and after (..., n, d) along its positions; no copy where there are none."""
+    return F.pad(x, (0, 0, front, back)) if front or back else x

@@ -270,15 +270,38 @@ def _build(path: Path, kind: str, key: Mapping[str, Any], build: Callable[[Path]
 
 def _move_into_place(folder: Path, path: Path) -> None:
     """Renames `folder` to `path`; a valid store already there wins, a damaged one is replaced."""
+    judged = _identity(path)
     with suppress(UserError):
         Store.open(path)
         return
-    remove(path)
+    if judged is not None:
+        _take_away(path, judged)
     try:
         folder.rename(path)
     except OSError:
         Store.open(path)  # another builder was faster; anything else is an error
     _sync(path.parent)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells the folder at `path` from another that takes its place; None if there is none."""
+    with suppress(OSError):
+        found = path.stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
+
+
+def _take_away(path: Path, judged: tuple[int, int]) -> None:
+    """Deletes the folder that was `judged`, no other: one that came meanwhile was put there by who mended it."""
+    if _identity(path) != judged:
+        return
+    gone = aside(path)
+    with suppress(FileNotFoundError):
+        path.rename(gone)
+    if _identity(gone) != judged:
+        with suppress(OSError):
+            gone.rename(path)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def remove(path: Path) -> None:

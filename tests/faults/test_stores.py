@@ -136,6 +136,26 @@ def test_damaged_stores_are_mended_by_several_at_once(tmp_path, monkeypatch):
         assert [child.exitcode for child in children] == [0] * 4
 
 
+@pytest.mark.parametrize("moment", ["before it is looked at again", "before it is taken away"])
+def test_a_store_mended_since_it_was_judged_stays(tmp_path, monkeypatch, moment):
+    """Without locks, two find the same store damaged; the second must not take the first one's whole one away."""
+    monkeypatch.setattr(fcntl, "flock", lambda descriptor, operation: None)
+    path = built(tmp_path, 1).path
+    flip(path / "second.npy")
+    first, name = [], {"before it is looked at again": "_take_away", "before it is taken away": "aside"}[moment]
+    original = getattr(stores, name)
+
+    def overtaken(*args):
+        if not first and (name == "_take_away" or (args == (path,) and unfinished(tmp_path))):
+            first.append(0)
+            first[0] = outcome(lambda: built(tmp_path, 1).path.stat().st_ino)
+        return original(*args)
+
+    monkeypatch.setattr(stores, name, overtaken)
+    assert whole(built(tmp_path, 1), 1).path.stat().st_ino == first[0]
+    assert unfinished(tmp_path) == []
+
+
 DAMAGE = {
     "flipped": lambda path: flip(path / "first.npy"),
     "flipped header": lambda path: flip(path / "first.npy", 0),

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from ctxkv_lightning.config import Config, from_composed
 from ctxkv_lightning.door import CommandLine, identity, read_command_line
 from ctxkv_lightning.errors import EXIT_CODE, UserError
+from ctxkv_lightning.run.find import follows
 
 INTERRUPTED, TERMINATED = 130, 143
 MAIN = os.getpid()
@@ -71,7 +72,7 @@ def main() -> None:
         elif asked.resumed is not None:
             resume(asked)
         else:
-            if asked.trials[0].config.resume == "auto":
+            if asked.trials[0].config.resume == "auto" and not follows():
                 print("resume=auto: no interrupted run with these settings, starting a new one", flush=True)
             run_alone(asked)
     except UserError as error:
@@ -87,6 +88,8 @@ def resume(asked: CommandLine) -> None:
     """Goes on with an interrupted run, in its own folder, without Hydra, which has nothing left to decide."""
     assert asked.resumed is not None
     config = asked.trials[0].config
+    # Lightning starts the other processes of a run with these words: `auto` and `last` might mean another one by then.
+    sys.argv.append(_override("resume", os.path.abspath(asked.resumed.path)))
     run(config, asked.resumed.path, "forgiving" if config.resume == "auto" else "strict")
 
 

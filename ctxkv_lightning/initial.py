@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ctxkv_lightning.build import encoder_parts
+from ctxkv_lightning.build import Text, build_embedding, build_module, encoder_parts
 from ctxkv_lightning.config import Config
 from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.context.pretrain import save_encoder
-from ctxkv_lightning.datamodule import ContextDataModule
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
 from ctxkv_lightning.lm.recipe import Recipe
@@ -32,14 +32,19 @@ def check_source(config: Config) -> None:
         raise UserError(f"{reason}: name the folder of a finished run") from None
 
 
+def check_fit(config: Config, text: Text) -> None:
+    """Raises UserError where the weights of the run `init_from` fit neither the model nor the table asked for."""
+    assert config.init_from is not None
+    for number, _ in encoder_parts(config):
+        _encoder_weights(trained(config.init_from), config.init_from, number)
+    table = torch.from_numpy(build_embedding(config, text).array("table"))
+    load_weights(build_module(config, text.vocab_size), config.init_from, table)
+
+
 def borrowed_encoder(source: str, cache_dir: str, number: int) -> Store:
     """The store of encoder `number` of the run `source`, with its facts; raises UserError where the run has none."""
     run = RunFolder(Path(source))
-    pretrain, weights = run.read_metrics()["pretrain"], trained(source)["state_dict"]
-    prefixes = ("model.encoder.", f"model.blocks.{number}.")
-    own = {name.removeprefix(p): tensor for p in prefixes for name, tensor in weights.items() if name.startswith(p)}
-    if not own:
-        raise UserError(f"init_from={source}: that run has no encoder for this model, choose one of the same model")
+    pretrain, own = run.read_metrics()["pretrain"], _encoder_weights(trained(source), source, number)
     context_dim, both = own["linear.weight"].shape
 
     def build(folder: Path) -> dict[str, Any]:
@@ -52,8 +57,17 @@ def borrowed_encoder(source: str, cache_dir: str, number: int) -> Store:
     return get_or_build(cache_dir, "encoder", key, build)
 
 
-def load_weights(module: ContextKVLMModule, source: str, data: ContextDataModule) -> None:
-    """Copies all weights of the run `source`; raises UserError where the model or its frozen embedding is another."""
+def _encoder_weights(checkpoint: dict[str, Any], source: str, number: int) -> dict[str, Tensor]:
+    """Those of encoder `number` in a checkpoint of the run `source`; raises UserError where it has none."""
+    prefixes, weights = ("model.encoder.", f"model.blocks.{number}."), checkpoint["state_dict"]
+    own = {name.removeprefix(p): tensor for p in prefixes for name, tensor in weights.items() if name.startswith(p)}
+    if not own:
+        raise UserError(f"init_from={source}: that run has no encoder for this model, choose one of the same model")
+    return own
+
+
+def load_weights(module: ContextKVLMModule, source: str, table: Tensor) -> None:
+    """Copies all weights of the run `source`; raises UserError where the model or its frozen `table` is another."""
     checkpoint = trained(source)
     weights = checkpoint["state_dict"]
     try:
@@ -76,7 +90,7 @@ def load_weights(module: ContextKVLMModule, source: str, data: ContextDataModule
         raise UserError(
             f"init_from={source} does not fit this model ({reason}): choose the same model and sizes"
         ) from None
-    if not torch.equal(module.model.embedding.weight, data.table):
+    if not torch.equal(module.model.embedding.weight, table):
         raise UserError(
             f"init_from={source} was trained on another embedding table, for which its weights mean nothing here: keep "
             "its tokenizer, embedding and the text they were learnt from, or use embedding=gpt2 in both"

@@ -27,7 +27,7 @@ from ctxkv_lightning.build import (
 from ctxkv_lightning.config import Config
 from ctxkv_lightning.context.pretrain import CONVERGENCE, OACDPretrainModule, save_encoder
 from ctxkv_lightning.datamodule import ContextDataModule
-from ctxkv_lightning.initial import borrowed_encoder, check_source, load_weights
+from ctxkv_lightning.initial import borrowed_encoder, check_fit, check_source, load_weights
 from ctxkv_lightning.lm.module import MONITOR, ContextKVLMModule
 from ctxkv_lightning.metrics import (
     describe_attention,
@@ -72,9 +72,9 @@ class Trained(NamedTuple):
 def run_experiment(config: Config, folder: Path, resume: Literal["no", "strict", "forgiving"] = "no") -> float:
     """Runs the whole experiment into `folder`; the validation PPL of its best checkpoint.
 
-    A new folder is claimed once hardware, `init_from` and text have proved to be there. With `resume`, the interrupted
-    run in `folder` goes on: from its newest checkpoint, or, if that is damaged and `resume` is forgiving, from the
-    newest intact one.
+    A new folder is claimed once hardware and text have proved to be there, and the weights of `init_from` to fit.
+    With `resume`, the interrupted run in `folder` goes on: from its newest checkpoint, or, if that is damaged and
+    `resume` is forgiving, from the newest intact one.
     Raises UserError for a mistake in the input, for a changed text, and for a configuration
     that differs in more than `HARMLESS` keys from the one the run began with.
     """
@@ -95,6 +95,8 @@ def run_experiment(config: Config, folder: Path, resume: Literal["no", "strict",
             check_epochs(config, RunFolder(folder))
         with stages("text"):
             text = prepare_text(config)
+            if config.init_from is not None and resume == "no":
+                check_fit(config, text)
         run = RunFolder.claim(folder) if resume == "no" else RunFolder(folder)
         with alone_in(run), logging_to(run.log):
             check_identity(run, text)
@@ -204,7 +206,7 @@ def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: i
     L.seed_everything(config.seed, verbose=False)
     module = build_module(config, vocab_size)
     if config.init_from is not None:
-        load_weights(module, config.init_from, data)
+        load_weights(module, config.init_from, data.table)
     settings = callback_settings(config, run, data)
     history, patience = History(**settings["history"]), Patience(**settings["early_stopping"])
     best, safeguard = BestCheckpoint(**settings["checkpoint"]), Safeguard(**settings["safeguard"])
@@ -235,7 +237,7 @@ def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: i
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     trainer.logger = None  # the phase's metrics.csv ends with its last epoch
     epochs, stopped = history.epochs, history.stopped  # before the best checkpoint brings back those of its time
-    path = run.checkpoints / BEST
+    path = Path(str(best.dirpath)) / BEST  # the first process's: others may have been given folders of their own
     scores = trainer.validate(module, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)[0]
     scores = {**scores, **trainer.test(module, datamodule=data, verbose=False)[0]}  # the weights are still those
     return Trained(module, epochs, stopped, scores)

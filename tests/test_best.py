@@ -163,6 +163,7 @@ def test_weights_of_another_recipe_are_no_start(tmp_path):
     for recipe in (RecipeConfig(), RecipeConfig(norm="pre")):
         with pytest.raises(UserError, match="does not fit this model"):
             pipeline.run_experiment(replace(config, recipe=recipe, init_from=str(run)), tmp_path / recipe.norm)
+        assert not (tmp_path / recipe.norm).exists()
 
 
 def test_weights_of_layers_that_read_something_else_are_no_start(tmp_path):

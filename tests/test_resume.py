@@ -459,3 +459,5 @@ def test_a_new_run_may_start_from_the_weights_of_another(whole, shared, tmp_path
         pipeline.run_experiment(replace(config, samples=5), tmp_path / "other")
     with pytest.raises(UserError, match="does not fit this model"):
         pipeline.run_experiment(replace(config, model=replace(config.model, ffn_dim=32)), tmp_path / "third")
+    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "third").exists()

@@ -29,7 +29,7 @@ def left(here, name, *words, finished=False, day="2026-01-01"):
     run = RunFolder.claim(here / "outputs" / day / name)
     run.write_config(yaml.safe_dump(asdict(config)))
     if finished:
-        run.write_metrics({})
+        run.write_metrics({"config": asdict(config)})
     os.utime(run.config, ns=(time.time_ns(), time.time_ns()))
     return run
 
@@ -73,6 +73,20 @@ def test_last_is_the_newest_run_that_is_not_finished(here):
     newest = left(here, "a", "interval=3")
     left(here, "c", "interval=4", finished=True)
     assert read_command_line(["resume=last"]).folder == newest.path
+
+
+@pytest.mark.parametrize("more", ["train.max_epochs=30", "train.patience=30"])
+def test_a_finished_run_that_was_to_go_on_for_longer_and_was_interrupted_is_found(here, more):
+    """Going on, it writes its new settings first, and its metrics when it ends."""
+    run = left(here, "a", "interval=2", finished=True)
+    assert read_command_line(["resume=auto", "interval=2", more]).resumed is None, "nothing was interrupted yet"
+    (longer,) = check_command_line(["interval=2", more])
+    run.write_config(yaml.safe_dump(asdict(longer)))
+    assert read_command_line(["resume=last"]).folder == run.path
+    assert read_command_line(["resume=auto", "interval=2", more]).folder == run.path
+    run.write_metrics({"config": asdict(longer)})
+    with pytest.raises(UserError, match="finds no interrupted run"):
+        read_command_line(["resume=last"])
 
 
 def test_a_run_whose_folder_was_named_is_found_too(here):

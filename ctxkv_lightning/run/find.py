@@ -1,17 +1,29 @@
 """Finds the run that is to be resumed; loads neither torch nor Lightning."""
 
+import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+import yaml
 
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.run.lease import locked
 
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+"""What tells a process its number among those of one run; the first that is there counts, as it does for Lightning."""
+
+
+def follows() -> bool:
+    """Whether this is one of several processes of a run, and not the first, which alone tells, locks and writes."""
+    return any(number != "0" for number in [os.environ[name] for name in RANKS if name in os.environ][:1])
+
 
 def named_run(name: str, outputs: Path) -> RunFolder:
     """The run called by its folder, or `last` for the newest unfinished one. Raises UserError if there is none."""
     if name == "last":
-        newest = next((run for run in runs(outputs) if not run.metrics.exists()), None)
+        newest = next((run for run in runs(outputs) if not is_finished(run)), None)
         if newest is None:
             raise UserError(
                 f"resume=last finds no interrupted run below {outputs}: name its folder, or start one without resume."
@@ -24,9 +36,12 @@ def named_run(name: str, outputs: Path) -> RunFolder:
 
 
 def unfinished_run(among: Iterable[RunFolder], same: Callable[[RunFolder], bool]) -> RunFolder | None:
-    """The first unfinished run among these that is the `same` and that no process is at, if there is one."""
+    """The first unfinished run among these that is the `same` and that no process is at, if there is one.
+
+    A process that follows asks nobody: the first one may be at the run already, or be kept from it by being asked.
+    """
     for run in among:
-        if run.config.is_file() and not run.metrics.exists() and same(run) and is_free(run):
+        if run.config.is_file() and not is_finished(run) and same(run) and (follows() or is_free(run)):
             return run
     return None
 
@@ -37,6 +52,18 @@ def runs(outputs: Path) -> Iterator[RunFolder]:
     configs = [path for path in configs if path.parent.parent.name != "sweeps"]
     for config in sorted(configs, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         yield RunFolder(config.parent)
+
+
+def is_finished(run: RunFolder) -> bool:
+    """Whether it came to its end: that of the epochs it is to have now, where a finished run was given more."""
+    if not run.metrics.exists():
+        return False
+    try:
+        began = yaml.safe_load(run.config.read_text(encoding="utf-8"))["train"]
+        ended = json.loads(run.metrics.read_text(encoding="utf-8"))["config"]["train"]
+        return all(began[name] == ended[name] for name in ("max_epochs", "patience"))
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return True
 
 
 def is_free(run: RunFolder) -> bool:

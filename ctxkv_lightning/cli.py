@@ -24,7 +24,7 @@ from ctxkv_lightning.run.callbacks import History, Stages, announcing
 from ctxkv_lightning.run.checkpoint import BestCheckpoint, Patience, RandomState, VerifiedCheckpointIO
 from ctxkv_lightning.run.folder import RunFolder, alone_in
 from ctxkv_lightning.run.interruption import Safeguard
-from ctxkv_lightning.run.saved import read, steps_done
+from ctxkv_lightning.run.saved import epochs_done, read, steps_done
 from ctxkv_lightning.run.trainer import FlushLogs, KeptCSVLogger, quiet_lightning
 
 CONFIG = ("--config", "-c")
@@ -63,8 +63,16 @@ class ContextCLI(LightningCLI):
         return super().instantiate_trainer(plugins=plugins, callbacks=callbacks, logger=False, **kwargs)
 
     def before_fit(self) -> None:
-        """Takes the run for itself; keeps the logged rows of the steps that the checkpoint has behind it."""
+        """Takes the run for itself; keeps the logged rows of the steps that the checkpoint has behind it.
+
+        Raises UserError where that has more epochs behind it than are asked for, or another process has the run.
+        """
         options, path = self.config[self.subcommand], self.config[self.subcommand].ckpt_path
+        done, asked = epochs_done(Path(path)) if path else 0, self.trainer.max_epochs
+        if asked is not None and 0 <= asked < done:
+            raise UserError(
+                f"{path} has {done} epochs behind it, more than trainer.max_epochs={asked}: give at least {done}"
+            )
         run = RunFolder(Path(options.csv.folder))
         if self.trainer.is_global_zero and run.path.is_dir():  # nobody is at one that is not there yet
             self._held.enter_context(alone_in(run))

@@ -112,6 +112,7 @@ def test_mistakes_are_one_sentence(stopped, tmp_path, capsys):
         ("fit", "--config", tmp_path / "none.yaml"),
         ("fit", "--config", run / "lightning.yaml", "--ckpt_path", tmp_path / "none.ckpt"),
         ("fit", "--config", run / "lightning.yaml", "--trainer.max_epochz=3"),
+        (*going_on(run), "--trainer.max_epochs=0"),
     ):
         assert cli(*arguments) == EXIT_CODE, arguments
         assert capsys.readouterr().err.count("\n") == 1, arguments

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from benchmarks.published import PublishedLM, Split, published_contexts, train_published
-from ctxkv_lightning import pipeline
+from ctxkv_lightning import phase_one, pipeline
 from ctxkv_lightning.config import (
     Config,
     DataConfig,
@@ -75,7 +75,7 @@ def prepare(config: Config, folder: Path) -> Prepared:
     with stages("embedding"):
         data = pipeline.build_data(config, text, pipeline.build_embedding(config, text))
     with stages("pretrain"):
-        encoder = pipeline.pretrain(config, run, data, stages)
+        encoder = phase_one.pretrain(config, run, data, stages)
     with stages("contexts"):
         data.use_encoders([str(encoder.path)])
         data.prepare_data()

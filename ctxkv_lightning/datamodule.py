@@ -1,9 +1,9 @@
 """Stored tensors to batches, for both phases.
 
-Phase 1 reads contiguous runs of the training stream. Once there is an encoder, the contexts of all three
-streams are solved and stored, and Phase 2 reads *windows*: T positions with the memory of the S positions before
-them. The contexts do not depend on interval, heads or max_contexts, so runs that differ
-only in those share one store. Everything is memory-mapped; nothing here is trained.
+Phase 1 reads contiguous runs of the training stream, or rows of it side by side. Once there is an encoder, the
+contexts of all three streams are solved and stored, and Phase 2 reads *windows*: T positions with the memory of the S
+positions before them. The contexts do not depend on interval, heads or max_contexts, so runs that differ only in those
+share one store. Everything is memory-mapped; nothing here is trained.
 """
 
 import time
@@ -23,7 +23,7 @@ from ctxkv_lightning.context.pretrain import load_encoder
 from ctxkv_lightning.context.solve import solve_contexts
 from ctxkv_lightning.store import Store, create_array, get_or_build
 from ctxkv_lightning.text.ngram import EVIDENCE, KneserNeyTrigram, held_out
-from ctxkv_lightning.windows import RunLoader, Stream, WindowLoader
+from ctxkv_lightning.windows import RowLoader, RunLoader, Stream, WindowLoader
 
 SPLITS = ("train", "validation", "test")
 COUNTED = "{}_counted"  # the array of a token store that says which tokens of a split are scored, where not all are
@@ -67,6 +67,7 @@ class ContextDataModule(L.LightningDataModule):
         self.save_hyperparameters()
         self.encoder_folders = encoders or []
         self.pretrain_rows = slice(None)
+        self.in_rows = False
         self.solver = torch.device("cpu")
         self.token_store = Store.open(tokens)
         self.embedding_store = Store.open(embedding)
@@ -106,9 +107,18 @@ class ContextDataModule(L.LightningDataModule):
         """The frozen encoders of Phase 1; none before it, or where none is needed."""
         return [load_encoder(Store.open(folder)) for folder in self.encoder_folders]
 
-    def pretrain_on(self, rows: slice) -> None:
-        """Phase 1 reads these rows of the training stream only."""
-        self.pretrain_rows = rows
+    @property
+    def normalised_table(self) -> Tensor:
+        """LayerNorm(E) (V, D), what encoders read."""
+        return F.layer_norm(self.table, self.table.shape[1:])
+
+    def pretrain_on(self, rows: slice, in_rows: bool = False) -> None:
+        """Phase 1 reads these positions of the training stream only; `in_rows`: side by side, as a language model."""
+        self.pretrain_rows, self.in_rows = rows, in_rows
+
+    def pretrain_ids(self) -> Tensor:
+        """The tokens (N,) that Phase 1 reads."""
+        return self._tokens("train")[self.pretrain_rows]
 
     def solve_on(self, device: torch.device) -> None:
         """Contexts that are not stored yet are solved on this device."""
@@ -129,10 +139,12 @@ class ContextDataModule(L.LightningDataModule):
         if not self.in_phase_one and not self.streams:
             self.streams = {split: self._stream(split) for split in SPLITS}
 
-    def train_dataloader(self) -> RunLoader | WindowLoader:
+    def train_dataloader(self) -> RunLoader | RowLoader | WindowLoader:
+        if self.in_phase_one and self.in_rows:
+            return RowLoader(self.pretrain_ids())
         if self.in_phase_one:
-            tokens = self._tokens("train")[self.pretrain_rows]
-            stream = self._resident(Stream(tokens, self._normalised_table(), tokens, ()))
+            tokens = self.pretrain_ids()
+            stream = self._resident(Stream(tokens, self.normalised_table, tokens, ()))
             return RunLoader(stream.tokens, stream.embeddings, self.hparams["pretrain_batch_tokens"])
         self._training = self._windows("train", shuffle=True)
         self._training.load_state_dict(self._progress)
@@ -184,7 +196,7 @@ class ContextDataModule(L.LightningDataModule):
 
         def build(folder: Path) -> dict[str, Any]:
             started, worst, tolerance = time.perf_counter(), 0.0, self.hparams["tolerance"]
-            encoder, normalised = load_encoder(encoder_store).to(self.solver), self._normalised_table().to(self.solver)
+            encoder, normalised = load_encoder(encoder_store).to(self.solver), self.normalised_table.to(self.solver)
             for split in SPLITS:
                 ids = self._tokens(split).to(self.solver)
                 rows = create_array(folder, split, (len(ids), encoder.context_dim), self._stored_type)
@@ -218,9 +230,6 @@ class ContextDataModule(L.LightningDataModule):
 
     def _tokens(self, split: str) -> Tensor:
         return torch.from_numpy(self.token_store.array(split)).long()
-
-    def _normalised_table(self) -> Tensor:
-        return F.layer_norm(self.table, self.table.shape[1:])
 
     def _stream(self, split: str) -> Stream:
         normalised, tokens = self.normalised_store(), self._tokens(split)

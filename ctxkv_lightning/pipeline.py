@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 import lightning as L
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.callbacks import EarlyStopping
 from rich.console import Console
 
 from ctxkv_lightning.build import (
@@ -25,7 +24,6 @@ from ctxkv_lightning.build import (
     reused,
 )
 from ctxkv_lightning.config import Config
-from ctxkv_lightning.context.pretrain import CONVERGENCE, OACDPretrainModule, save_encoder
 from ctxkv_lightning.datamodule import ContextDataModule
 from ctxkv_lightning.initial import borrowed_encoder, check_fit, check_source, load_weights
 from ctxkv_lightning.lm.module import MONITOR, ContextKVLMModule
@@ -37,6 +35,7 @@ from ctxkv_lightning.metrics import (
     describe_pretrain,
     describe_window,
 )
+from ctxkv_lightning.phase_one import pretrain
 from ctxkv_lightning.report.page import summary_table, write_report
 from ctxkv_lightning.resume import check_changes, check_checkpoints, check_epochs, check_identity
 from ctxkv_lightning.run.callbacks import History, Stages, announcing, log, logging_to
@@ -54,7 +53,7 @@ from ctxkv_lightning.run.machine import (
 )
 from ctxkv_lightning.run.saved import newest_intact, steps_done
 from ctxkv_lightning.run.trainer import check_hardware, make_trainer
-from ctxkv_lightning.store import Store, get_or_build
+from ctxkv_lightning.store import Store
 from ctxkv_lightning.text.encoding import save_encoding
 
 BEST = "best.ckpt"
@@ -135,70 +134,6 @@ def run_stages(config: Config, run: RunFolder, text: Text, stages: Stages) -> di
     with stages("footing"):
         footing = build_footing(config, text)
     return collect_metrics(config, text, data, encoders, contexts, trained, footing, stages)
-
-
-def pretrain(
-    config: Config, run: RunFolder, data: ContextDataModule, stages: Stages, part: int = 0, parts: int = 1
-) -> Store:
-    """Phase 1 on one of `parts` equal parts of the training text: the trained encoder's store, its summary as facts."""
-    options = asdict(config.pretrain)
-    start, stop = (data.train_tokens * edge // parts for edge in (part, part + 1))
-    data.pretrain_on(slice(start, stop))
-    key = {
-        "tokens": data.token_store.content,
-        "embedding": data.embedding_store.content,
-        "context_dim": config.context_dim,
-        "seed": config.seed,
-        "rows": [start, stop],
-        **options,
-    }
-
-    def build(folder: Path) -> dict[str, Any]:
-        phase = "pretrain" if parts == 1 else f"pretrain-{part + 1}"
-        # Its own: resumed with an empty cache, a run builds other parts again than the one it was interrupted in.
-        last = run.pretrain_checkpoint(phase)
-        checkpoint = last if last.exists() else None
-        L.seed_everything(config.seed, verbose=False)
-        module = OACDPretrainModule(
-            config.context_dim,
-            data.table.shape[1],
-            *(
-                options[name]
-                for name in ("lr", "noise", "centroid_weight", "move_threshold", "target_rate", "plateau_rate")
-            ),
-        )
-        target = EarlyStopping(
-            CONVERGENCE,
-            mode="max",
-            patience=options["max_iterations"],
-            stopping_threshold=options["target_rate"],
-            check_on_train_epoch_end=True,
-        )
-        trainer = make_trainer(
-            {**asdict(config.trainer), "devices": 1, "num_nodes": 1, "strategy": "auto"},  # one step an iteration
-            run,
-            phase,
-            steps=1,
-            precision="32-true",
-            max_epochs=options["max_iterations"],
-            accumulate_grad_batches=len(data.train_dataloader()),
-            gradient_clip_val=options["clip_norm"],
-            limit_val_batches=0,
-            kept_steps=steps_done(checkpoint),
-            callbacks=[target, stages, RandomState(), Safeguard(last, between="epochs")],
-        )
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        save_encoder(module.encoder, folder)
-        trainer.strategy.remove_checkpoint(last)
-        return module.summary()
-
-    store = get_or_build(config.cache_dir, "encoder", key, build)
-    facts = store.facts
-    log.info(
-        f"Phase 1 {facts['iterations']} iterations, {facts['convergence_rate']:.1%} converged, "
-        f"effective rank {facts['effective_rank']:.1%}{reused(store)}"
-    )
-    return store
 
 
 def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: int, stages: Stages) -> Trained:

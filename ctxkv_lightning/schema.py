@@ -87,6 +87,8 @@ class PretrainConfig:
     """Convergence rate at which Phase 1 stops."""
     plateau_rate: float = number(0.5, at_least=0, at_most=1)
     """Above this rate, two iterations in a row that gain less than a point stop it too."""
+    lm_epochs: int = number(0, at_least=0)
+    """Epochs in which the encoder learns to predict the next token after that, as a recurrent language model."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Batches: runs of the training stream for Phase 1, windows with their history for Phase 2."""
+"""Batches: runs and rows of the training stream for Phase 1, windows with their history for Phase 2."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,6 +15,13 @@ class Run(NamedTuple):
     start: int
     embeddings: Tensor  # (distinct, D), normalised, one row per distinct token
     inverse: Tensor  # (n,), the row of each position
+
+
+class Rows(NamedTuple):
+    """A batch for a recurrent language model: n tokens of each of B rows, which go on where the last batch ended."""
+
+    tokens: Tensor  # (B, n)
+    targets: Tensor  # (B, n), the token after each
 
 
 class Windows(NamedTuple):
@@ -70,6 +77,28 @@ class RunLoader:
                 self._distinct.append(torch.unique(run, return_inverse=True))
             distinct, inverse = self._distinct[number]
             yield Run(number * self.batch_tokens, self.table[distinct], inverse)
+
+
+class RowLoader:
+    """The training stream cut into equal rows, read side by side, `steps` tokens of each at a time, in order.
+
+    At most `ROWS` of them, none shorter than `steps` where there is a choice. The tokens that are left over when the
+    stream is cut, fewer than there are rows, are not read.
+    """
+
+    ROWS = 32
+
+    def __init__(self, tokens: Tensor, steps: int = 48) -> None:
+        self.steps = steps
+        rows = max(1, min(self.ROWS, (len(tokens) - 1) // steps))
+        length = (len(tokens) - 1) // rows
+        self.tokens, self.targets = (tokens[begin:][: rows * length].view(rows, length) for begin in (0, 1))
+
+    def __len__(self) -> int:
+        return -(-self.tokens.shape[1] // self.steps)
+
+    def __iter__(self) -> Iterator[Rows]:
+        return map(Rows, self.tokens.split(self.steps, dim=1), self.targets.split(self.steps, dim=1))
 
 
 class WindowLoader:

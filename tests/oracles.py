@@ -19,6 +19,21 @@ def contexts_step_by_step(encoder, embeddings: Tensor) -> Tensor:
     return torch.stack(rows) if rows else embeddings.new_empty(0, encoder.context_dim)
 
 
+def recurrent_lm_losses(
+    encoder, projection, bias: Tensor, table: Tensor, tokens: Tensor, targets: Tensor, state: Tensor
+):
+    """Losses (B·n,) of a recurrent language model and its last contexts (B, C), row by row, token by token."""
+    losses, last = [], []
+    for row, following, context in zip(tokens, targets, state, strict=True):
+        for token, target in zip(row, following, strict=True):
+            hidden = F.linear(torch.cat([context, table[token]]), encoder.linear.weight, encoder.linear.bias)
+            context = F.layer_norm(context + F.gelu(hidden), context.shape, encoder.norm.weight, encoder.norm.bias)
+            logits = table @ (projection.weight @ context + projection.bias) / math.sqrt(table.shape[1]) + bias
+            losses.append(-logits.log_softmax(dim=0)[target])
+        last.append(context)
+    return torch.stack(losses), torch.stack(last)
+
+
 def gather_attention(query: Tensor, key: Tensor, value: Tensor, interval: int, max_contexts: int) -> Tensor:
     """Strided attention slot by slot: query i, at key S+i, sees keys S+i, S+i-I, ..., at most M of them."""
     T, d = query.shape[2:]

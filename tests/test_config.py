@@ -14,7 +14,7 @@ data.mqar.pairs data.mqar.length data.mqar.keys data.mqar.values data.mqar.heldo
 tokenizer.source tokenizer.vocab_size tokenizer.name
 embedding.source embedding.file embedding.dim embedding.window
 pretrain.max_iterations pretrain.lr pretrain.clip_norm pretrain.batch_tokens pretrain.noise pretrain.centroid_weight
-pretrain.move_threshold pretrain.target_rate pretrain.plateau_rate
+pretrain.move_threshold pretrain.target_rate pretrain.plateau_rate pretrain.lm_epochs
 contexts.tolerance contexts.dtype
 model.name model.window_tokens model.dropout model.ffn_dim model.layers model.local_window
 recipe.norm recipe.train_embedding recipe.embedding_dropout recipe.context_dropout recipe.output_dropout

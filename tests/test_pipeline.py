@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ctxkv_lightning import build, pipeline
+from ctxkv_lightning import build, phase_one, pipeline
 from ctxkv_lightning.config import (
     Config,
     DataConfig,
@@ -130,7 +130,7 @@ def test_checkpoints_hold_no_pickled_objects(finished):
 
 def test_the_same_run_again_reuses_every_store_and_gives_the_same_numbers(finished, tmp_path, monkeypatch):
     folder, config = finished
-    monkeypatch.setattr(pipeline, "OACDPretrainModule", lambda *_: pytest.fail("Phase 1 ran again"))
+    monkeypatch.setattr(phase_one, "OACDPretrainModule", lambda *_: pytest.fail("Phase 1 ran again"))
     monkeypatch.setattr(build.tokenizer, "learn_bpe", lambda *_: pytest.fail("the tokenizer was learnt again"))
     monkeypatch.setattr(
         "ctxkv_lightning.datamodule.solve_contexts", lambda *_: pytest.fail("contexts were solved again")

@@ -14,7 +14,7 @@ import torch
 import yaml
 from lightning import Callback
 
-from ctxkv_lightning import pipeline
+from ctxkv_lightning import phase_one, pipeline
 from ctxkv_lightning.config import TrainConfig
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.resume import check_changes
@@ -44,11 +44,12 @@ def interrupted(config, folder, stop, monkeypatch, resume="no"):
     """Runs until the signal; the exit code that the run asks for."""
     make = pipeline.make_trainer
     with monkeypatch.context() as patch:
-        patch.setattr(
-            pipeline,
-            "make_trainer",
-            lambda *args, callbacks, **options: make(*args, callbacks=[stop, *callbacks], **options),
-        )
+        for module in (pipeline, phase_one):
+            patch.setattr(
+                module,
+                "make_trainer",
+                lambda *args, callbacks, **options: make(*args, callbacks=[stop, *callbacks], **options),
+            )
         with pytest.raises(Interrupted) as raised:
             pipeline.run_experiment(config, folder, resume)
     return raised.value.code
@@ -221,6 +222,20 @@ def test_phase_one_stopped_by_a_signal_resumes_bit_for_bit(whole, tmp_path, monk
     pipeline.run_experiment(config, tmp_path / "run", resume="strict")
     assert_same_run(tmp_path / "run", whole, ("pretrain", "train"))
     assert not (tmp_path / "run" / "pretrain.ckpt").exists()
+
+
+@pytest.mark.slow
+def test_an_encoder_stopped_while_it_learns_to_predict_resumes_bit_for_bit(tmp_path, monkeypatch):
+    config = replace(BASE, pretrain=replace(BASE.pretrain, lm_epochs=3), cache_dir=str(tmp_path / "cache"))
+    pipeline.run_experiment(replace(config, cache_dir=str(tmp_path / "other cache")), tmp_path / "whole")
+    stop = Stop("RecurrentLMModule", 2)
+    assert interrupted(config, tmp_path / "run", stop, monkeypatch) == 143
+    assert (tmp_path / "run" / "pretrain-lm.ckpt").exists()
+    torch.manual_seed(12345)
+    pipeline.run_experiment(config, tmp_path / "run", resume="strict")
+    assert_same_run(tmp_path / "run", tmp_path / "whole", ("pretrain", "pretrain-lm", "train"))
+    assert len(rows(tmp_path / "run", "pretrain-lm")) == 3
+    assert not list((tmp_path / "run").glob("pretrain*.ckpt"))
 
 
 @pytest.mark.slow

@@ -135,6 +135,7 @@ def _pretrain_rows(pretrain: Metrics | None) -> dict[str, str]:
     each = encoders(pretrain)
     converged = "; ".join(
         f"iteration {phase['iterations']}, {percent(phase['convergence_rate'])} converged"
+        + (f", {len(phase['lm_history'])} epochs as a language model" if phase.get("lm_history") else "")
         + (" (reused)" if phase.get("reused") else "")
         for phase in each
     )
@@ -201,9 +202,16 @@ def _pretrain(metrics: Metrics) -> list[str]:
     head = ("Quantity", *([f"{name} encoder" for name in ORDINALS] if len(each) > 1 else ["Value"]))
     blocks = ["## Phase 1", table(head, list(zip(names, *columns, strict=True)))]
     for phase, ordinal in zip(each, ORDINALS, strict=False):
-        title = "Convergence by iteration" + (f", {ordinal.lower()} encoder" if len(each) > 1 else "")
-        blocks += [f"### {title}", _history(phase)]
+        of = f", {ordinal.lower()} encoder" if len(each) > 1 else ""
+        blocks += [f"### Convergence by iteration{of}", _history(phase)]
+        if phase.get("lm_history"):
+            blocks += [f"### Then, as a language model{of}", _lm_history(phase)]
     return blocks
+
+
+def _lm_history(phase: Metrics) -> str:
+    rows = [(row["epoch"], ppl(row["train_ppl"]), f"{row['seconds']:,.1f}") for row in thinned(phase["lm_history"])]
+    return table(("Epoch", "Train PPL", "Seconds"), rows)
 
 
 def _history(phase: Metrics) -> str:

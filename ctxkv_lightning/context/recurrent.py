@@ -1,0 +1,139 @@
+"""Phase 1, its second part: the encoder learns to predict, as a recurrent language model does.
+
+    p(x_{t+1} | c_t) = softmax(E (W dropout(c_t) + b) / √D + b')
+
+by truncated back-propagation through time (Williams & Peng, 1990): the training stream lies in rows side by side,
+which are read a few tokens at a time; contexts are carried on, their gradient is not. E are the normalised embeddings,
+frozen; W, b and b' are thrown away in the end. What stays is the encoder: its contexts still depend on nothing but the
+tokens before them, so they are solved exactly and stored once, as those of an encoder that OACD alone has trained.
+"""
+
+import logging
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ctxkv_lightning.context.encoder import ContextEncoder
+from ctxkv_lightning.context.oacd import effective_rank_of, singular_values
+from ctxkv_lightning.context.pretrain import scratch
+from ctxkv_lightning.context.solve import solve_contexts
+from ctxkv_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
+
+LOGITS_AT_A_TIME = 512
+"""Rows of V logits that are held at a time; they are computed again for their gradient."""
+
+WARMUP_STEPS = 20
+LAST_RATE = 0.02
+CLIP_NORM = 1.0
+"""Of the gradient, which through many steps of a recurrence may explode (Pascanu, Mikolov & Bengio, 2013)."""
+
+
+class RecurrentLMModule(L.LightningModule):
+    """Trains a `ContextEncoder` on the `Rows` of a `ContextDataModule`, with AdamW and a linear schedule.
+
+    Logs `pretrain/lm_ppl` once per epoch, and keeps it in `history`. `counts` (V,) are those of the training tokens,
+    which b' starts from. Raises UserError where the loss of an epoch is not finite.
+    """
+
+    table: Tensor
+
+    def __init__(
+        self,
+        encoder: ContextEncoder,
+        table: Tensor,
+        counts: Tensor,
+        lr: float = 0.002,
+        weight_decay: float = 0.1,
+        dropout: float = 0.3,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters("lr", "weight_decay", "dropout")
+        self.encoder = encoder.requires_grad_(True).train()
+        self.register_buffer("table", table, persistent=False)
+        self.projection = nn.Linear(encoder.context_dim, table.shape[1])
+        smoothed = counts + 0.1
+        self.bias = nn.Parameter((smoothed / smoothed.sum()).log())
+        self.history: list[dict[str, float]] = []
+        self._state = torch.empty(0)
+        self._total, self._count, self._started = torch.zeros(()), 0, 0.0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Between two epochs, the history is all that a checkpoint lacks."""
+        checkpoint["history"] = self.history
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.history = checkpoint["history"]
+
+    def on_train_epoch_start(self) -> None:
+        self._total, self._count = torch.zeros((), device=self.device), 0
+        self._started = time.perf_counter()
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        state = self.encoder.initial(len(batch.tokens)) if batch_index == 0 else self._state
+        nll, state = self.losses(batch, state)
+        self._state = state.detach()
+        self._total += nll.detach().sum()
+        self._count += nll.numel()
+        return nll.mean()
+
+    def losses(self, batch: Any, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses (B·n,) in nats, row by row, and the last contexts (B, C), from the contexts (B, C) before."""
+        dropout, contexts = self.hparams["dropout"], []
+        with torch.autocast(self.device.type, enabled=False):  # a recurrence would add up what bf16 rounds off
+            drives = self.encoder.drive(F.dropout(self.table[batch.tokens], dropout, self.training))
+            for drive in drives.unbind(1):
+                state = self.encoder.advance(state, drive)
+                contexts.append(state)
+        hidden = F.dropout(torch.stack(contexts, dim=1), dropout, self.training).flatten(0, 1)
+        parts = zip(hidden.split(LOGITS_AT_A_TIME), batch.targets.flatten().split(LOGITS_AT_A_TIME), strict=True)
+        # No dropout inside: what is computed again needs no random numbers of before.
+        nll = [checkpoint(self._nll, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        return torch.cat(nll), state
+
+    def _nll(self, contexts: Tensor, targets: Tensor) -> Tensor:
+        projected = self.projection(contexts) * self.table.shape[1] ** -0.5
+        return F.cross_entropy(projected @ self.table.T + self.bias, targets, reduction="none")
+
+    def on_train_epoch_end(self) -> None:
+        perplexity = float((self._total / self._count).exp())
+        if not perplexity < float("inf"):
+            raise UserError(
+                f"the encoder's perplexity became {perplexity} in epoch {self.current_epoch + 1} of its training as a "
+                "language model: leave out pretrain.lm_epochs, or try another seed"
+            )
+        if self.trainer.logger is not None:  # now, so that a checkpoint saved after this hook finds it logged
+            row = {"epoch": self.current_epoch, "pretrain/lm_ppl": perplexity}
+            self.trainer.logger.log_metrics(row, step=self.global_step - 1)
+        seconds = time.perf_counter() - self._started
+        self.history.append({"epoch": self.current_epoch + 1, "train_ppl": perplexity, "seconds": seconds})
+        log.info(f"  encoder epoch {self.current_epoch + 1:2d}  train PPL {perplexity:8.1f}  {seconds:.1f} s")
+
+    def summary(self, tokens: Tensor, tolerance: float) -> dict[str, Any]:
+        """What training reached, as JSON: its history, and the spectrum of the exact contexts of `tokens` (N,)."""
+        contexts = scratch(len(tokens), self.encoder.context_dim, self.table.device)
+        solve_contexts(self.encoder, self.table, tolerance, ids=tokens.to(self.table.device), out=contexts)
+        singular = singular_values(contexts.cpu())
+        return {
+            "effective_rank": effective_rank_of(singular),
+            "singular_values": singular.tolist(),
+            "lm_history": self.history,
+        }
+
+    def configure_optimizers(self) -> Any:
+        learnt = [*self.encoder.parameters(), *self.projection.parameters()]
+        groups: list[dict[str, Any]] = [{"params": learnt}, {"params": [self.bias], "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"])
+        steps = self.trainer.estimated_stepping_batches
+        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
+
+    def _rate(self, step: int, steps: float) -> float:
+        """The learning rate of a step, as a part of `lr`: up over the warm-up, then down to `LAST_RATE` in a line."""
+        return min(1.0, (step + 1) / WARMUP_STEPS) * max(LAST_RATE, 1 - step / max(1, steps))

@@ -1,0 +1,142 @@
+"""Phase 1, from the configuration: the encoder disperses its contexts (OACD), then, if asked, learns to predict.
+
+Each part leaves a store, so that runs which ask for the same share it.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+
+from ctxkv_lightning.build import reused
+from ctxkv_lightning.config import Config
+from ctxkv_lightning.context.pretrain import CONVERGENCE, OACDPretrainModule, load_encoder, save_encoder
+from ctxkv_lightning.context.recurrent import CLIP_NORM, RecurrentLMModule
+from ctxkv_lightning.datamodule import ContextDataModule
+from ctxkv_lightning.run.callbacks import Stages, log
+from ctxkv_lightning.run.checkpoint import RandomState
+from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.run.interruption import Safeguard
+from ctxkv_lightning.run.machine import resolve_precision
+from ctxkv_lightning.run.saved import steps_done
+from ctxkv_lightning.run.trainer import make_trainer
+from ctxkv_lightning.store import Store, get_or_build
+
+
+def pretrain(
+    config: Config, run: RunFolder, data: ContextDataModule, stages: Stages, part: int = 0, parts: int = 1
+) -> Store:
+    """Phase 1 on one of `parts` equal parts of the training text: the trained encoder's store, its summary as facts."""
+    options = asdict(config.pretrain)
+    lm_epochs = options.pop("lm_epochs")
+    # Its own: resumed with an empty cache, a run builds other parts again than the one it was interrupted in.
+    phase = "pretrain" if parts == 1 else f"pretrain-{part + 1}"
+    start, stop = (data.train_tokens * edge // parts for edge in (part, part + 1))
+    data.pretrain_on(slice(start, stop))
+    key = {
+        "tokens": data.token_store.content,
+        "embedding": data.embedding_store.content,
+        "context_dim": config.context_dim,
+        "seed": config.seed,
+        "rows": [start, stop],
+        **options,
+    }
+
+    def build(folder: Path) -> dict[str, Any]:
+        L.seed_everything(config.seed, verbose=False)
+        module = OACDPretrainModule(
+            config.context_dim,
+            data.table.shape[1],
+            *(
+                options[name]
+                for name in ("lr", "noise", "centroid_weight", "move_threshold", "target_rate", "plateau_rate")
+            ),
+        )
+        target = EarlyStopping(
+            CONVERGENCE,
+            mode="max",
+            patience=options["max_iterations"],
+            stopping_threshold=options["target_rate"],
+            check_on_train_epoch_end=True,
+        )
+        fit(
+            module, config, run, data, phase, [target, stages],
+            steps=1,
+            precision="32-true",
+            max_epochs=options["max_iterations"],
+            accumulate_grad_batches=len(data.train_dataloader()),
+            gradient_clip_val=options["clip_norm"],
+        )  # fmt: skip
+        save_encoder(module.encoder, folder)
+        return module.summary()
+
+    store = get_or_build(config.cache_dir, "encoder", key, build)
+    facts = store.facts
+    log.info(
+        f"Phase 1 {facts['iterations']} iterations, {facts['convergence_rate']:.1%} converged, "
+        f"effective rank {facts['effective_rank']:.1%}{reused(store)}"
+    )
+    return pretrain_as_lm(config, run, data, stages, store, f"{phase}-lm") if lm_epochs else store
+
+
+def pretrain_as_lm(
+    config: Config, run: RunFolder, data: ContextDataModule, stages: Stages, oacd: Store, phase: str
+) -> Store:
+    """Phase 1's second part, on the same text, from the encoder of the first: a store with the facts of both."""
+    epochs, precision = (
+        config.pretrain.lm_epochs,
+        resolve_precision(config.trainer.precision, config.trainer.accelerator),
+    )
+    key = {"oacd": oacd.content, "of": oacd.manifest["key"], "lm_epochs": epochs, "precision": precision}
+    data.pretrain_on(data.pretrain_rows, in_rows=True)
+
+    def build(folder: Path) -> dict[str, Any]:
+        L.seed_everything(config.seed, verbose=False)
+        ids, table = data.pretrain_ids(), data.normalised_table
+        counts = torch.bincount(ids, minlength=len(table)).float()
+        module = RecurrentLMModule(load_encoder(oacd), table, counts)
+        fit(
+            module, config, run, data, phase, [stages],
+            steps=len(data.train_dataloader()),
+            precision=precision,
+            max_epochs=epochs,
+            gradient_clip_val=CLIP_NORM,
+        )  # fmt: skip
+        save_encoder(module.encoder, folder)
+        return {**oacd.facts, **module.summary(ids, config.contexts.tolerance)}
+
+    store = get_or_build(config.cache_dir, "encoder", key, build)
+    facts = store.facts
+    log.info(
+        f"Phase 1 as a language model, {epochs} epochs: train PPL {facts['lm_history'][-1]['train_ppl']:.1f}, "
+        f"effective rank {facts['effective_rank']:.1%}{reused(store)}"
+    )
+    return store
+
+
+def fit(
+    module: L.LightningModule,
+    config: Config,
+    run: RunFolder,
+    data: ContextDataModule,
+    phase: str,
+    callbacks: list[L.Callback],
+    **options: Any,
+) -> None:
+    """Trains an encoder's module, in one process and from where it was interrupted, if it was."""
+    last = run.pretrain_checkpoint(phase)
+    checkpoint = last if last.exists() else None
+    trainer = make_trainer(
+        {**asdict(config.trainer), "devices": 1, "num_nodes": 1, "strategy": "auto"},  # the others wait for the store
+        run,
+        phase,
+        limit_val_batches=0,
+        kept_steps=steps_done(checkpoint),
+        callbacks=[*callbacks, RandomState(), Safeguard(last, between="epochs")],
+        **options,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    trainer.strategy.remove_checkpoint(last)

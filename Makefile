@@ -56,6 +56,7 @@ results: $(STAMP) ## Train every model and sweep, hours on two cores; what is fi
 	$(BIN)/python train.py -m seed=42,1,2 'interval=[1,1,5,5,20,20,80,80]' hydra.sweep.dir=outputs/results/heads
 	$(BIN)/python train.py -m interval=20,50,100 max_contexts=16,32,64 hydra.sweep.dir=outputs/results/nine
 	$(BIN)/python train.py -m seed=42,1,2 train.max_epochs=40 hydra.sweep.dir=outputs/results/trained-out
+	$(BIN)/python train.py -m seed=42,1,2 pretrain.lm_epochs=4 model=context_kv,recurrence hydra.sweep.dir=outputs/results/taught
 	$(BIN)/python train.py -m samples=500 seed=42,1,2 model=context_kv,sliding_window,transformer,recurrence,cascade hydra.sweep.dir=outputs/results/models-500
 	$(BIN)/python train.py -m samples=500 seed=42,1,2 selection=grid hydra.sweep.dir=outputs/results/grid-500
 	$(BIN)/python train.py -m samples=500 seed=42,1,2 'interval=[1,1,5,5,20,20,80,80]' hydra.sweep.dir=outputs/results/heads-500
@@ -89,6 +90,9 @@ results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it
 	$(BEST) selection=grid $(OUT)/with-grid
 	$(BEST) train.batch_tokens=8880 $(OUT)/without-small-batch
 	$(BEST) train.schedule=constant train.warmup_steps=0 $(OUT)/without-schedule
+	$(BEST) pretrain.max_iterations=1 $(OUT)/without-phase-one
+	$(BEST) seed=42,1,2 pretrain.lm_epochs=4 $(OUT)/best-taught
+	$(BEST) seed=42,1,2 pretrain.lm_epochs=4 model=sliding_window model.window_tokens=9 recipe.pointer_window=500 $(OUT)/best-taught
 	$(BEST) samples=500 seed=42,1,2 $(OUT)/best-500
 	$(BEST) samples=500 seed=42,1,2 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/without-pointer-500
 	$(BIN)/python -m benchmarks.findings outputs/results

@@ -26,6 +26,9 @@ OURS, GRID, HEADS = "context_kv, strided", "context_kv, grid", "context_kv, an i
 PATIENT = "context_kv, strided, until its patience ends"
 """The published selection with the published limit of 40 epochs; all others have at most `EPOCHS`."""
 
+LEARNT = ", encoder learnt as a language model"
+"""What is added to the name of a model whose encoder did: contexts of another kind, kept and read like the others."""
+
 EPOCHS = 8
 
 
@@ -82,6 +85,11 @@ def kept_runs(kept: Path) -> list[Run]:
 
 def kind(run: Run) -> str:
     """What a run is called in the tables."""
+    return selection(run) + (LEARNT if run["config"]["pretrain"].get("lm_epochs") else "")
+
+
+def selection(run: Run) -> str:
+    """The model of a run, and, of ours, which contexts it reads and for how long it is trained."""
     config = run["config"]
     if config["model"]["name"] != "context_kv":
         return str(config["model"]["name"])
@@ -208,7 +216,7 @@ def page(runs: Sequence[Run], pages: Path, recorded: Sequence[Entry]) -> str:
         "best epoch, and bytes kept are a decoder's after 10,000 tokens in fp32. First the published model and its "
         f"rivals: all were trained in the published way for at most {EPOCHS} epochs, tuned for none; the published "
         "selection also for as long as its patience of three epochs lasted. Means count as different when two standard "
-        "deviations of their difference lie between them. Not yet run: " + missing(runs) + ".",
+        f"deviations of their difference lie between them.{taught(runs)} Not yet run: " + missing(runs) + ".",
     ]
     for samples in (100, 500):
         rows = rows_of(runs, samples)
@@ -225,6 +233,17 @@ def page(runs: Sequence[Run], pages: Path, recorded: Sequence[Entry]) -> str:
     parts += recipe.section(every, ours, patient)
     parts += remembered.section(recorded)
     return "\n\n".join(parts) + "\n"
+
+
+def taught(runs: Sequence[Run]) -> str:
+    """What it is that some encoders have learnt, in words; nothing where none has."""
+    epochs = sorted({run["config"]["pretrain"].get("lm_epochs", 0) for run in runs} - {0})
+    if not epochs:
+        return ""
+    return (
+        f" Where a name ends in '{LEARNT.removeprefix(', ')}', Phase 1 went on for {epochs[-1]} epochs by truncated "
+        "back-propagation (`pretrain.lm_epochs`); all else is the same."
+    )
 
 
 def missing(runs: Sequence[Run]) -> str:
@@ -264,6 +283,8 @@ def sentences(runs: Sequence[Run], rows: Sequence[Row], more: Sequence[Row] = ()
         ("cascade", "two contexts of two encoders, no attention"),
         (GRID, "contexts at multiples of the interval"),
         (HEADS, "near and far in one layer"),
+        (OURS + LEARNT, "contexts of an encoder that was also taught to predict, before they were stored"),
+        ("recurrence" + LEARNT, "the current context alone, of such an encoder"),
     ):
         if name in by_name:
             said.append(_against(ours, by_name[name], why))

@@ -20,6 +20,9 @@ APART = ("seed", "cache_dir", "resume", "init_from", "trainer.enable_progress_ba
 FIRST_LAYER, CONTEXT_LAYERS = "with its first layer alone", "with layers that all read contexts"
 NO_CONTEXTS = "with no context but the current one for attention"
 
+TAUGHT: dict[str, Any] = {"pretrain.lm_epochs": 4}
+"""An encoder that was also taught to predict, before its contexts were stored."""
+
 LEVERS: dict[str, dict[str, Any]] = {
     "without the pointer": {"recipe.pointer_heads": 0, "recipe.pointer_values": False},
     "without counting": {"recipe.ngram": False},
@@ -45,6 +48,8 @@ LEVERS: dict[str, dict[str, Any]] = {
     },
     "with one interval of 20": {"interval": 20},
     "with the grid (fewer contexts for attention)": {"selection": "grid"},
+    "with an encoder as it was drawn (one iteration of Phase 1)": {"pretrain.max_iterations": 1},
+    "with an encoder that was also taught to predict (four epochs)": TAUGHT,
     "with the published steps of 8,880 tokens (the warm-up takes the first epoch)": {"train.batch_tokens": 8880},
     "with a constant learning rate (and everything decaying)": {"train.schedule": "constant", "train.warmup_steps": 0},
 }

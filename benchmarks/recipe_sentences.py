@@ -10,6 +10,7 @@ from benchmarks.recipe_runs import (
     LEVERS,
     NO_CONTEXTS,
     RIVALS,
+    TAUGHT,
     Key,
     Published,
     Run,
@@ -38,6 +39,7 @@ def sentences(found: dict[Key, list[Run]], published: Published, patient: Publis
         *best_of_all(found),
         *worth_of_layers(found),
         *worth_of_levers(found),
+        *with_a_taught_encoder(found, published),
         *time_and_text(found, published),
     ]
 
@@ -187,6 +189,29 @@ def worth_of_levers(found: dict[Key, list[Run]]) -> list[str]:
         said.append(f"What harms the recipe most, of the changes in the table, is to train it {worth}; one seed each.")
         if idle:
             said.append(f"To train it {', or '.join(idle)} costs less than 1 % or helps (one seed).")
+    return said
+
+
+def with_a_taught_encoder(found: dict[Key, list[Run]], published: Published) -> list[str]:
+    """What contexts of an encoder that was taught to predict are worth, to the recipe and to rivals with a pointer."""
+    taught, epochs = of(found, **TAUGHT), TAUGHT["pretrain.lm_epochs"]
+    if not taught:
+        return []
+    test, theirs = mean(taught, "test_ppl"), published.get(100, [])
+    against_theirs = f", {test / mean(theirs, 'test_ppl'):.3f} × the published one's" if theirs else ""
+    said = [
+        f"Contexts are better where their encoder was also taught to predict (`pretrain.lm_epochs={epochs}`, not yet "
+        f"part of the recipe): with them it is at a test PPL of {spread(taught, 'test_ppl')} ({seeds(taught)}), "
+        f"{test / mean(of(found), 'test_ppl'):.3f} × without{against_theirs}."
+    ]
+    for name, changed in RIVALS.items():
+        if rival := of(found, **changed, **TAUGHT):
+            bound = 1.05 if name == "transformer" else 0.97
+            ratio = test / mean(rival, "test_ppl")
+            said.append(
+                f"`{name}`, whose pointer then reads such contexts too, is at {spread(rival, 'test_ppl')} "
+                f"({seeds(rival)}): the recipe is at {ratio:.3f} × that ({verdict(ratio, bound)})."
+            )
     return said
 
 

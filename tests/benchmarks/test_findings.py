@@ -85,3 +85,15 @@ def test_the_page_in_the_repository_is_made_of_the_metrics_in_the_repository():
     recorded = kept_entries(pages / "recall")
     expected = findings.page(kept, pages.relative_to(ROOT), recorded)
     assert (ROOT / "RESULTS.md").read_text() == expected
+
+
+def test_a_model_whose_encoder_was_taught_is_a_row_of_its_own(runs):
+    for run in runs[3:]:
+        run["config"]["model"]["name"], run["config"]["pretrain"]["lm_epochs"] = "context_kv", 4
+    rows = findings.rows_of(runs, 100)
+    assert [row.name for row in rows] == [findings.OURS + findings.LEARNT, findings.OURS]
+    said = findings.sentences(runs, rows)
+    assert any("taught to predict" in sentence and "beats the published" in sentence for sentence in said)
+    assert "for 4 epochs by truncated" in findings.taught(runs)
+    assert findings.taught(runs[:3]) == ""
+    assert findings.crossed(runs)[20, 32]["config"]["pretrain"].get("lm_epochs", 0) == 0

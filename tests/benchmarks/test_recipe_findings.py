@@ -184,3 +184,16 @@ def test_conversations_have_a_sentence_and_are_in_no_table(runs):
     assert findings.published(chats) == []
     other = made(99.0, *on_chats, "recipe.apart=false", seed=1)
     assert recipe_sentences.on_chats([*runs, *chats, other]) == [said]  # of the recipe as it is, not as it was
+
+
+def test_what_a_taught_encoder_is_worth_is_said_beside_the_rivals_that_point_at_its_contexts(runs):
+    def said(*more):
+        return recipe_sentences.with_a_taught_encoder(recipe_runs.groups([*runs, *more]), published(runs[0]))
+
+    assert said() == []
+    (alone,) = said(made(45.0, "pretrain.lm_epochs=4"))
+    assert "test PPL of 90.0 (one seed), 0.900 × without, 0.225 × the published one's" in alone
+    rival = made(50.0, "pretrain.lm_epochs=4", "model=recurrence", "recipe.pointer_window=602")
+    _, against = said(made(45.0, "pretrain.lm_epochs=4"), rival)
+    assert "at 100.0 (one seed): the recipe is at 0.900 × that (at most 0.97 was asked for)" in against
+    assert "missed" in said(made(49.0, "pretrain.lm_epochs=4"), rival)[1]

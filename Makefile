@@ -57,6 +57,7 @@ results: $(STAMP) ## Train every model and sweep, hours on two cores; what is fi
 	$(BIN)/python train.py -m interval=20,50,100 max_contexts=16,32,64 hydra.sweep.dir=outputs/results/nine
 	$(BIN)/python train.py -m seed=42,1,2 train.max_epochs=40 hydra.sweep.dir=outputs/results/trained-out
 	$(BIN)/python train.py -m seed=42,1,2 pretrain.lm_epochs=4 model=context_kv,recurrence hydra.sweep.dir=outputs/results/taught
+	$(BIN)/python train.py -m seed=42,1,2 pretrain.lm_epochs=0,4 recipe.read_current=true hydra.sweep.dir=outputs/results/taught
 	$(BIN)/python train.py -m samples=500 seed=42,1,2 model=context_kv,sliding_window,transformer,recurrence,cascade hydra.sweep.dir=outputs/results/models-500
 	$(BIN)/python train.py -m samples=500 seed=42,1,2 selection=grid hydra.sweep.dir=outputs/results/grid-500
 	$(BIN)/python train.py -m samples=500 seed=42,1,2 'interval=[1,1,5,5,20,20,80,80]' hydra.sweep.dir=outputs/results/heads-500

@@ -29,6 +29,9 @@ PATIENT = "context_kv, strided, until its patience ends"
 LEARNT = ", encoder learnt as a language model"
 """What is added to the name of a model whose encoder did: contexts of another kind, kept and read like the others."""
 
+DIRECT = ", current context read beside attention"
+"""What is added to the name of ours where it has the one part of the recipe that is shown without the others."""
+
 EPOCHS = 8
 
 
@@ -85,7 +88,8 @@ def kept_runs(kept: Path) -> list[Run]:
 
 def kind(run: Run) -> str:
     """What a run is called in the tables."""
-    return selection(run) + (LEARNT if run["config"]["pretrain"].get("lm_epochs") else "")
+    added = LEARNT if run["config"]["pretrain"].get("lm_epochs") else ""
+    return selection(run) + added + (DIRECT if run["config"].get("recipe", {}).get("read_current") else "")
 
 
 def selection(run: Run) -> str:
@@ -141,14 +145,14 @@ def deviation(values: Sequence[float]) -> float:
 
 
 def published(runs: Sequence[Run]) -> list[Run]:
-    """The runs without a recipe, of the default sizes and text."""
+    """The runs of the default sizes and text without a recipe, or with no more of it than the direct read."""
     plain = asdict(RecipeConfig())
     return [
         run
         for run in runs
         if run["config"]["embedding"]["dim"] == 768
         and run["config"]["data"]["source"] == "pydocs"
-        and {**plain, **run["config"].get("recipe", {})} == plain
+        and {**plain, **run["config"].get("recipe", {}), "read_current": False} == plain
         and run["config"]["train"].get("schedule", "constant") == "constant"
     ]
 
@@ -285,9 +289,13 @@ def sentences(runs: Sequence[Run], rows: Sequence[Row], more: Sequence[Row] = ()
         (HEADS, "near and far in one layer"),
         (OURS + LEARNT, "contexts of an encoder that was also taught to predict, before they were stored"),
         ("recurrence" + LEARNT, "the current context alone, of such an encoder"),
+        (OURS + DIRECT, "the current context is also read as `recurrence` reads it"),
+        (OURS + LEARNT + DIRECT, "the current context of such an encoder is also read as `recurrence` reads it"),
     ):
         if name in by_name:
             said.append(_against(ours, by_name[name], why))
+    if OURS + LEARNT + DIRECT in by_name:
+        said.append(_taught_against_rivals(by_name))
     if len(crossed(runs)) > 1:
         said.append(_sweep(crossed(runs)))
     said.append(_overfitting(rows))
@@ -322,6 +330,23 @@ def _against(ours: Row, other: Row, why: str) -> str:
     return (
         f"`{other.name}` ({why}; {kept}) {verdict}: validation PPL {spread(other.val)} against {spread(ours.val)}, "
         f"{ratio:.3f} ×."
+    )
+
+
+def _taught_against_rivals(rows: dict[str, Row]) -> str:
+    """Test PPL of contexts that were taught and are read directly, beside rivals and beside each of the two alone."""
+    ours = rows[OURS + LEARNT + DIRECT]
+    test = statistics.mean(ours.test)
+    others = [rows[name] for name in ("sliding_window", "transformer", "recurrence" + LEARNT) if name in rows]
+    told = "; ".join(
+        f"{test / statistics.mean(row.test):.3f} × that of `{row.name}` ({spread(row.test)}, {row.bytes:,} bytes)"
+        for row in others
+    )
+    parts = {OURS + LEARNT: "the teaching alone", OURS + DIRECT: "the direct read alone", OURS: "neither"}
+    alone = ", ".join(f"with {what} {spread(rows[name].test)}" for name, what in parts.items() if name in rows)
+    return (
+        f"Contexts that are both taught and read directly bring a test PPL of {spread(ours.test)} ({ours.bytes:,} bytes "
+        f"kept); {alone}. That is {told}."
     )
 
 

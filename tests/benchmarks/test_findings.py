@@ -97,3 +97,19 @@ def test_a_model_whose_encoder_was_taught_is_a_row_of_its_own(runs):
     assert "for 4 epochs by truncated" in findings.taught(runs)
     assert findings.taught(runs[:3]) == ""
     assert findings.crossed(runs)[20, 32]["config"]["pretrain"].get("lm_epochs", 0) == 0
+
+
+def test_taught_contexts_that_are_read_directly_stand_beside_rivals_and_beside_either_alone(runs):
+    third = copy.deepcopy(runs[0])
+    third["config"]["pretrain"]["lm_epochs"] = 4
+    third["config"]["recipe"] = {"read_current": True}
+    third["result"] |= {"val_ppl": 250.0, "test_ppl": 296.8}
+    more = [*runs, third]
+    assert findings.published(more) == more
+    rows = findings.rows_of(more, 100)
+    assert rows[0].name == findings.OURS + findings.LEARNT + findings.DIRECT
+    (said,) = [each for each in findings.sentences(more, rows) if "both taught and read" in each]
+    assert "a test PPL of 296.8 (635,904 bytes kept); with neither 400.0 ± 0.0. That is" in said
+    assert "0.802 × that of `sliding_window` (370.0 ± 0.0, 635,904 bytes)" in said
+    third["config"]["recipe"]["projection"] = True
+    assert findings.published(more) == runs

@@ -345,8 +345,8 @@ def _taught_against_rivals(rows: dict[str, Row]) -> str:
     parts = {OURS + LEARNT: "the teaching alone", OURS + DIRECT: "the direct read alone", OURS: "neither"}
     alone = ", ".join(f"with {what} {spread(rows[name].test)}" for name, what in parts.items() if name in rows)
     return (
-        f"Contexts that are both taught and read directly bring a test PPL of {spread(ours.test)} ({ours.bytes:,} bytes "
-        f"kept); {alone}. That is {told}."
+        f"Contexts that are both taught and read directly bring a test PPL of {spread(ours.test)} ({ours.bytes:,} "
+        f"bytes kept); {alone}. That is {told}."
     )
 
 

@@ -1,4 +1,4 @@
-"""RESULTS.md: the tables of `make results`, and what they say in ten sentences, from the runs' metrics.json alone.
+"""RESULTS.md: the tables of `make results`, and what they say, sentence by sentence, from the runs' metrics.json alone.
 
 No sentence states more than its numbers: which side wins, and whether seeds agree, is decided here, run by run.
 """
@@ -32,7 +32,8 @@ LEARNT = ", encoder learnt as a language model"
 DIRECT = ", current context read beside attention"
 """What is added to the name of ours where it has the one part of the recipe that is shown without the others."""
 
-EPOCHS = 8
+EPOCHS, LM_EPOCHS = 8, 4
+"""Of Phase 2, and of an encoder that is taught."""
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -153,6 +154,7 @@ def published(runs: Sequence[Run]) -> list[Run]:
         if run["config"]["embedding"]["dim"] == 768
         and run["config"]["data"]["source"] == "pydocs"
         and {**plain, **run["config"].get("recipe", {}), "read_current": False} == plain
+        and run["config"]["pretrain"].get("lm_epochs", 0) in (0, LM_EPOCHS)
         and run["config"]["train"].get("schedule", "constant") == "constant"
     ]
 
@@ -241,11 +243,10 @@ def page(runs: Sequence[Run], pages: Path, recorded: Sequence[Entry]) -> str:
 
 def taught(runs: Sequence[Run]) -> str:
     """What it is that some encoders have learnt, in words; nothing where none has."""
-    epochs = sorted({run["config"]["pretrain"].get("lm_epochs", 0) for run in runs} - {0})
-    if not epochs:
+    if not any(run["config"]["pretrain"].get("lm_epochs") for run in runs):
         return ""
     return (
-        f" Where a name ends in '{LEARNT.removeprefix(', ')}', Phase 1 went on for {epochs[-1]} epochs by truncated "
+        f" Where a name has '{LEARNT.removeprefix(', ')}', Phase 1 went on for {LM_EPOCHS} epochs by truncated "
         "back-propagation (`pretrain.lm_epochs`); all else is the same."
     )
 
@@ -256,6 +257,7 @@ def missing(runs: Sequence[Run]) -> str:
     for samples in (100, 500):
         rows = {row.name: len(row.runs) for row in rows_of(runs, samples)}
         names = [OURS, PATIENT, GRID, HEADS, "sliding_window", "transformer", "recurrence", "cascade"]
+        names += [OURS + LEARNT, OURS + LEARNT + DIRECT, "recurrence" + LEARNT] if samples == 100 else []
         wanting = [f"{name} ({3 - rows.get(name, 0)})" for name in names if rows.get(name, 0) < 3]
         left += [f"seeds at {samples} samples of {', '.join(wanting)}"] if wanting else []
     if len(crossed(runs)) < 9:
@@ -273,7 +275,7 @@ def machines(runs: Sequence[Run]) -> str:
 
 
 def sentences(runs: Sequence[Run], rows: Sequence[Row], more: Sequence[Row] = ()) -> list[str]:
-    """Ten sentences at most, of the rows at 100 samples and at 500; those whose runs are missing are left out."""
+    """A sentence for each question, of the rows at 100 samples and at 500; those whose runs are missing are out."""
     by_name = {row.name: row for row in rows}
     ours, said = by_name.get(OURS), []
     if ours is None:

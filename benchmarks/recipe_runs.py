@@ -48,7 +48,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     },
     "with one interval of 20": {"interval": 20},
     "with the grid (fewer contexts for attention)": {"selection": "grid"},
-    "with an encoder as it was drawn (one iteration of Phase 1)": {"pretrain.max_iterations": 1},
+    "with an encoder after one iteration of Phase 1": {"pretrain.max_iterations": 1},
     "with an encoder that was also taught to predict (four epochs)": TAUGHT,
     "with the published steps of 8,880 tokens (the warm-up takes the first epoch)": {"train.batch_tokens": 8880},
     "with a constant learning rate (and everything decaying)": {"train.schedule": "constant", "train.warmup_steps": 0},

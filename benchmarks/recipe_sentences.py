@@ -200,10 +200,17 @@ def with_a_taught_encoder(found: dict[Key, list[Run]], published: Published) -> 
     test, theirs = mean(taught, "test_ppl"), published.get(100, [])
     against_theirs = f", {test / mean(theirs, 'test_ppl'):.3f} × the published one's" if theirs else ""
     said = [
-        f"Contexts are better where their encoder was also taught to predict (`pretrain.lm_epochs={epochs}`, not yet "
-        f"part of the recipe): with them it is at a test PPL of {spread(taught, 'test_ppl')} ({seeds(taught)}), "
-        f"{test / mean(of(found), 'test_ppl'):.3f} × without{against_theirs}."
+        "With contexts of an encoder that was also taught to predict "
+        f"(`pretrain.lm_epochs={epochs}`, no part of the recipe yet), it is at a test PPL of "
+        f"{spread(taught, 'test_ppl')} ({seeds(taught)}), {test / mean(of(found), 'test_ppl'):.3f} × that without"
+        f"{against_theirs}."
     ]
+    if alone := [run for run in of(found, **TAUGHT, **LEVERS[NO_CONTEXTS]) if run["config"]["seed"] == 42]:
+        same = [run for run in taught if run["config"]["seed"] == 42]
+        said.append(
+            f"To such contexts attention is {'worth something' if mean(alone) > 1.01 * mean(same) else 'worth nothing'}"
+            f": with the current one alone in reach, validation PPL is {mean(alone) / mean(same):.3f} × (one seed)."
+        )
     for name, changed in RIVALS.items():
         if rival := of(found, **changed, **TAUGHT):
             bound = 1.05 if name == "transformer" else 0.97

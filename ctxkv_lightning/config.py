@@ -141,6 +141,10 @@ class Config:
             )
         if self.model.name == "cascade" and self.recipe != RecipeConfig():
             found.append("model=cascade takes no recipe: leave recipe.* out, or choose another model")
+        if self.pretrain.lm_epochs and self.init_from is not None:
+            found.append("pretrain.lm_epochs has no effect with init_from, which brings its encoder: leave it out")
+        if self.pretrain.lm_epochs and self.data.source == "mqar":
+            found.append("pretrain.lm_epochs would teach all symbols of data=mqar, not its answers: leave it out")
         return [*found, *self._range_problems(), *self._embedding_problems(), *self._mqar_problems()]
 
     def _range_problems(self) -> list[str]:

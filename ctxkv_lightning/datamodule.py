@@ -27,6 +27,9 @@ from ctxkv_lightning.windows import RowLoader, RunLoader, Stream, WindowLoader
 
 SPLITS = ("train", "validation", "test")
 COUNTED = "{}_counted"  # the array of a token store that says which tokens of a split are scored, where not all are
+NOTHING_READ = {"passes": 0, "done": 0}
+"""Where the training stream is read before it is; each part of a phase begins there."""
+
 ROWS_AT_A_TIME = 1 << 16
 LONG_STREAM = 1_000_000  # tokens from which starting more processes pays
 RESIDENT_SHARE = 0.25
@@ -72,8 +75,8 @@ class ContextDataModule(L.LightningDataModule):
         self.token_store = Store.open(tokens)
         self.embedding_store = Store.open(embedding)
         self.streams: dict[str, Stream] = {}
-        self._training: WindowLoader | None = None
-        self._progress = {"passes": 0, "done": 0}
+        self._training: RowLoader | WindowLoader | None = None
+        self._progress = NOTHING_READ
 
     @property
     def train_tokens(self) -> int:
@@ -115,6 +118,7 @@ class ContextDataModule(L.LightningDataModule):
     def pretrain_on(self, rows: slice, in_rows: bool = False) -> None:
         """Phase 1 reads these positions of the training stream only; `in_rows`: side by side, as a language model."""
         self.pretrain_rows, self.in_rows = rows, in_rows
+        self._training, self._progress = None, NOTHING_READ
 
     def pretrain_ids(self) -> Tensor:
         """The tokens (N,) that Phase 1 reads."""
@@ -128,6 +132,7 @@ class ContextDataModule(L.LightningDataModule):
         """Ends the first phase: from here on, batches are windows over the contexts of these encoders."""
         self.encoder_folders = self.hparams["encoders"] = list(folders)
         self.streams = {}
+        self._training, self._progress = None, NOTHING_READ
 
     def prepare_data(self) -> None:
         self.normalised_store()
@@ -140,13 +145,12 @@ class ContextDataModule(L.LightningDataModule):
             self.streams = {split: self._stream(split) for split in SPLITS}
 
     def train_dataloader(self) -> RunLoader | RowLoader | WindowLoader:
-        if self.in_phase_one and self.in_rows:
-            return RowLoader(self.pretrain_ids())
-        if self.in_phase_one:
+        if self.in_phase_one and not self.in_rows:
             tokens = self.pretrain_ids()
             stream = self._resident(Stream(tokens, self.normalised_table, tokens, ()))
             return RunLoader(stream.tokens, stream.embeddings, self.hparams["pretrain_batch_tokens"])
-        self._training = self._windows("train", shuffle=True)
+        in_rows = self.in_phase_one
+        self._training = RowLoader(self.pretrain_ids()) if in_rows else self._windows("train", shuffle=True)
         self._training.load_state_dict(self._progress)
         return self._training
 

@@ -43,7 +43,7 @@ from ctxkv_lightning.config import (
 )
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.foreign import check_foreign, check_foreign_folder
-from ctxkv_lightning.run.find import named_run, runs, unfinished_run
+from ctxkv_lightning.run.find import has_siblings, named_run, runs, unfinished_run
 from ctxkv_lightning.run.folder import RunFolder
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -172,6 +172,11 @@ def _resumed(trial: Trial, folder: Path | None) -> RunFolder | None:
         return None
     if name != "auto":
         return named_run(name, OUTPUTS)
+    if folder is None and trial.config.trainer.devices * trial.config.trainer.num_nodes > 1 and has_siblings():
+        raise UserError(
+            "resume=auto needs a folder where a cluster starts the processes of a run, which would each look for one: "
+            "give hydra.run.dir"
+        )
     found = runs(OUTPUTS) if folder is None else [RunFolder(folder)]
     return unfinished_run(found, lambda run: _identity_of(run) == trial.identity)
 

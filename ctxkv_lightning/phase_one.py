@@ -5,7 +5,7 @@ Each part leaves a store, so that runs which ask for the same share it.
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -14,16 +14,18 @@ from lightning.pytorch.callbacks import EarlyStopping
 from ctxkv_lightning.build import reused
 from ctxkv_lightning.config import Config
 from ctxkv_lightning.context.pretrain import CONVERGENCE, OACDPretrainModule, load_encoder, save_encoder
-from ctxkv_lightning.context.recurrent import CLIP_NORM, RecurrentLMModule
+from ctxkv_lightning.context.recurrent import RECIPE, RecurrentLMModule
 from ctxkv_lightning.datamodule import ContextDataModule
+from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.run.callbacks import Stages, log
-from ctxkv_lightning.run.checkpoint import RandomState
+from ctxkv_lightning.run.checkpoint import RandomState, VerifiedCheckpointIO
 from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.run.interruption import Safeguard
 from ctxkv_lightning.run.machine import resolve_precision
 from ctxkv_lightning.run.saved import steps_done
 from ctxkv_lightning.run.trainer import make_trainer
 from ctxkv_lightning.store import Store, get_or_build
+from ctxkv_lightning.windows import RowLoader
 
 
 def pretrain(
@@ -64,6 +66,7 @@ def pretrain(
         )
         fit(
             module, config, run, data, phase, [target, stages],
+            between="epochs",
             steps=1,
             precision="32-true",
             max_epochs=options["max_iterations"],
@@ -74,6 +77,7 @@ def pretrain(
         return module.summary()
 
     store = get_or_build(config.cache_dir, "encoder", key, build)
+    forget(run, phase)
     facts = store.facts
     log.info(
         f"Phase 1 {facts['iterations']} iterations, {facts['convergence_rate']:.1%} converged, "
@@ -85,30 +89,39 @@ def pretrain(
 def pretrain_as_lm(
     config: Config, run: RunFolder, data: ContextDataModule, stages: Stages, oacd: Store, phase: str
 ) -> Store:
-    """Phase 1's second part, on the same text, from the encoder of the first: a store with the facts of both."""
-    epochs, precision = (
-        config.pretrain.lm_epochs,
-        resolve_precision(config.trainer.precision, config.trainer.accelerator),
-    )
-    key = {"oacd": oacd.content, "of": oacd.manifest["key"], "lm_epochs": epochs, "precision": precision}
+    """Phase 1's second part, on the same text, from the encoder of the first: a store with the facts of both.
+
+    It is trained in the run's own precision, which like the processor changes what is rounded off and nothing else.
+    Raises UserError where the text is a single token.
+    """
     data.pretrain_on(data.pretrain_rows, in_rows=True)
+    ids, tolerance, epochs = data.pretrain_ids(), config.contexts.tolerance, config.pretrain.lm_epochs
+    if len(ids) < 2:
+        raise UserError("pretrain.lm_epochs needs at least 2 tokens for each encoder: add text or leave it out")
+    rows = {"rows": RowLoader.ROWS, "steps": RowLoader.STEPS}
+    of = {"oacd": oacd.content, "of": oacd.manifest["key"]}
+    key = {**of, "lm_epochs": epochs, "recipe": RECIPE, "tolerance": tolerance, **rows}
 
     def build(folder: Path) -> dict[str, Any]:
         L.seed_everything(config.seed, verbose=False)
-        ids, table = data.pretrain_ids(), data.normalised_table
+        table = data.normalised_table
         counts = torch.bincount(ids, minlength=len(table)).float()
         module = RecurrentLMModule(load_encoder(oacd), table, counts)
         fit(
             module, config, run, data, phase, [stages],
+            between="steps",
             steps=len(data.train_dataloader()),
-            precision=precision,
+            precision=resolve_precision(config.trainer.precision, config.trainer.accelerator),
             max_epochs=epochs,
-            gradient_clip_val=CLIP_NORM,
+            gradient_clip_val=RECIPE["clip_norm"],
         )  # fmt: skip
         save_encoder(module.encoder, folder)
-        return {**oacd.facts, **module.summary(ids, config.contexts.tolerance)}
+        learnt = module.summary(ids, tolerance)
+        seconds = oacd.facts["seconds"] + sum(row["seconds"] for row in learnt["lm_history"])
+        return {**oacd.facts, **learnt, "seconds": seconds}
 
     store = get_or_build(config.cache_dir, "encoder", key, build)
+    forget(run, phase)
     facts = store.facts
     log.info(
         f"Phase 1 as a language model, {epochs} epochs: train PPL {facts['lm_history'][-1]['train_ppl']:.1f}, "
@@ -124,9 +137,10 @@ def fit(
     data: ContextDataModule,
     phase: str,
     callbacks: list[L.Callback],
+    between: Literal["steps", "epochs"],
     **options: Any,
 ) -> None:
-    """Trains an encoder's module, in one process and from where it was interrupted, if it was."""
+    """Trains an encoder's module, in one process and from where it was interrupted, if it was; see `Safeguard`."""
     last = run.pretrain_checkpoint(phase)
     checkpoint = last if last.exists() else None
     trainer = make_trainer(
@@ -135,8 +149,12 @@ def fit(
         phase,
         limit_val_batches=0,
         kept_steps=steps_done(checkpoint),
-        callbacks=[*callbacks, RandomState(), Safeguard(last, between="epochs")],
+        callbacks=[*callbacks, RandomState(), Safeguard(last, between)],
         **options,
     )
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    trainer.strategy.remove_checkpoint(last)
+
+
+def forget(run: RunFolder, phase: str) -> None:
+    """Removes the checkpoint of a phase whose encoder is stored, and not before."""
+    VerifiedCheckpointIO().remove_checkpoint(run.pretrain_checkpoint(phase))

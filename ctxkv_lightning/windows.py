@@ -86,10 +86,11 @@ class RowLoader:
     stream is cut, fewer than there are rows, are not read.
     """
 
-    ROWS = 32
+    ROWS, STEPS = 32, 48
 
-    def __init__(self, tokens: Tensor, steps: int = 48) -> None:
+    def __init__(self, tokens: Tensor, steps: int = STEPS) -> None:
         self.steps = steps
+        self._done = self._goes_on_at = 0
         rows = max(1, min(self.ROWS, (len(tokens) - 1) // steps))
         length = (len(tokens) - 1) // rows
         self.tokens, self.targets = (tokens[begin:][: rows * length].view(rows, length) for begin in (0, 1))
@@ -98,7 +99,19 @@ class RowLoader:
         return -(-self.tokens.shape[1] // self.steps)
 
     def __iter__(self) -> Iterator[Rows]:
-        return map(Rows, self.tokens.split(self.steps, dim=1), self.targets.split(self.steps, dim=1))
+        self._done, self._goes_on_at = self._goes_on_at, 0
+        parts = (part.split(self.steps, dim=1)[self._done :] for part in (self.tokens, self.targets))
+        for tokens, targets in zip(*parts, strict=True):
+            self._done += 1
+            yield Rows(tokens, targets)
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches handed out in the last pass."""
+        return {"done": self._done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The next pass is the rest of the one that was broken off, if one was."""
+        self._goes_on_at = state["done"] % len(self)
 
 
 class WindowLoader:

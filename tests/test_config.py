@@ -94,6 +94,8 @@ def test_there_are_at_most_twenty_configuration_files():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("pretrain.lm_epochs=1 init_from=a", "which brings its encoder: leave it out"),
+        ("pretrain.lm_epochs=1 data=mqar", "would teach all symbols of data=mqar"),
         ("intervl=50", r"no key 'intervl': did you mean interval\?"),
         ("+intervl=50", r"did you mean interval\?"),
         ("++intervl=50", r"did you mean interval\?"),

@@ -72,15 +72,16 @@ def test_two_processes_go_on_with_the_same_run(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_processes_that_a_cluster_starts_are_one_run(tmp_path):
-    """Each composes its own command line, the name of the folder included; one of them counts."""
+@pytest.mark.parametrize("more", [[], ["resume=auto", "hydra.run.dir=outputs/2/job"]])
+def test_processes_that_a_cluster_starts_are_one_run(tmp_path, more):
+    """Each composes its own command line, and names its folder where none is given; one of them counts."""
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NAME": "job", "SLURM_NODEID": "0"}
     tasks = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
     place = {"SLURM_JOB_NODELIST": "localhost", "SLURM_NODELIST": "localhost", "MASTER_ADDR": "localhost"}
-    words = ["trainer.devices=2", "trainer.strategy=ddp", "train.max_epochs=1", "resume=auto"]
+    words = ["trainer.devices=2", "trainer.strategy=ddp", "train.max_epochs=1", *more]
     both = [train(tmp_path, *words, **job, **tasks, **place, SLURM_PROCID=n, SLURM_LOCALID=n) for n in "01"]
     first, second = map(ended, both)
-    assert "starting a new one" in first
+    assert ("starting a new one" in first) == bool(more)
     assert second == ""
     (run,) = (tmp_path / "outputs").glob("2*/*")
     assert (run / "metrics.json").exists()

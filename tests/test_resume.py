@@ -230,7 +230,7 @@ def test_an_encoder_stopped_while_it_learns_to_predict_resumes_bit_for_bit(tmp_p
     pipeline.run_experiment(replace(config, cache_dir=str(tmp_path / "other cache")), tmp_path / "whole")
     stop = Stop("RecurrentLMModule", 2)
     assert interrupted(config, tmp_path / "run", stop, monkeypatch) == 143
-    assert (tmp_path / "run" / "pretrain-lm.ckpt").exists()
+    assert read(tmp_path / "run" / "pretrain-lm.ckpt")["global_step"] == 2, "in the middle of an epoch"
     torch.manual_seed(12345)
     pipeline.run_experiment(config, tmp_path / "run", resume="strict")
     assert_same_run(tmp_path / "run", tmp_path / "whole", ("pretrain", "pretrain-lm", "train"))

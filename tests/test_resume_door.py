@@ -167,3 +167,25 @@ def test_the_door_hands_the_run_over_to_go_on(here):
     assert "starting a new one" in fresh.stdout
     assert " no " in fresh.stdout
     assert Config().resume is None
+
+
+@pytest.mark.parametrize("started", [{"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, {"RANK": "1", "WORLD_SIZE": "2"}])
+def test_processes_that_a_cluster_starts_are_told_their_folder(here, monkeypatch, started):
+    """The first would leave a run alone that somebody is at, the others would not."""
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    words = ["resume=auto", "trainer.devices=2"]
+    with pytest.raises(UserError, match=r"give hydra\.run\.dir"):
+        read_command_line(words)
+    assert read_command_line([*words, "hydra.run.dir=job"]).resumed is None
+    assert read_command_line(["resume=auto"]).resumed is None, "alone, though beside others: an array of jobs"
+    assert read_command_line(["trainer.devices=2"]).resumed is None
+
+
+def test_who_follows_asks_nobody_whether_the_run_is_free(here, monkeypatch):
+    run = left(here, "a", "trainer.devices=2")
+    words = ["resume=auto", "trainer.devices=2", f"hydra.run.dir={run.path}"]
+    with locked(run.lock):
+        assert read_command_line(words).resumed is None
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert read_command_line(words).resumed.path == run.path

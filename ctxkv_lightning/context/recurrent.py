@@ -29,32 +29,31 @@ log = logging.getLogger(__name__)
 LOGITS_AT_A_TIME = 512
 """Rows of V logits that are held at a time; they are computed again for their gradient."""
 
-WARMUP_STEPS = 20
-LAST_RATE = 0.02
-CLIP_NORM = 1.0
-"""Of the gradient, which through many steps of a recurrence may explode (Pascanu, Mikolov & Bengio, 2013)."""
+RECIPE = {
+    "lr": 0.002,
+    "weight_decay": 0.1,
+    "dropout": 0.3,
+    "warmup_steps": 20,
+    "last_rate": 0.02,
+    "clip_norm": 1.0,
+}
+"""All that decides what is learnt, but for the text and how often it is read. The gradient is clipped, for through many
+steps of a recurrence it may explode (Pascanu, Mikolov & Bengio, 2013)."""
 
 
 class RecurrentLMModule(L.LightningModule):
     """Trains a `ContextEncoder` on the `Rows` of a `ContextDataModule`, with AdamW and a linear schedule.
 
     Logs `pretrain/lm_ppl` once per epoch, and keeps it in `history`. `counts` (V,) are those of the training tokens,
-    which b' starts from. Raises UserError where the loss of an epoch is not finite.
+    which b' starts from; `recipe` is what differs from `RECIPE`. Raises UserError where the loss of an epoch is not
+    finite.
     """
 
     table: Tensor
 
-    def __init__(
-        self,
-        encoder: ContextEncoder,
-        table: Tensor,
-        counts: Tensor,
-        lr: float = 0.002,
-        weight_decay: float = 0.1,
-        dropout: float = 0.3,
-    ) -> None:
+    def __init__(self, encoder: ContextEncoder, table: Tensor, counts: Tensor, **recipe: float) -> None:
         super().__init__()
-        self.save_hyperparameters("lr", "weight_decay", "dropout")
+        self.recipe = {**RECIPE, **recipe}
         self.encoder = encoder.requires_grad_(True).train()
         self.register_buffer("table", table, persistent=False)
         self.projection = nn.Linear(encoder.context_dim, table.shape[1])
@@ -65,27 +64,30 @@ class RecurrentLMModule(L.LightningModule):
         self._total, self._count, self._started = torch.zeros(()), 0, 0.0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Between two epochs, the history is all that a checkpoint lacks."""
-        checkpoint["history"] = self.history
+        """What is carried from step to step: contexts, the sum of the epoch's losses, the time that it took so far."""
+        spent = time.perf_counter() - self._started
+        checkpoint["carried"] = self.history, self._state, self._total, self._count, spent
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.history = checkpoint["history"]
+        self.history, self._state, self._total, self._count, spent = checkpoint["carried"]
+        self._started = time.perf_counter() - spent
 
     def on_train_epoch_start(self) -> None:
+        """Not called where an epoch goes on half-way: then all of this comes from the checkpoint."""
         self._total, self._count = torch.zeros((), device=self.device), 0
         self._started = time.perf_counter()
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         state = self.encoder.initial(len(batch.tokens)) if batch_index == 0 else self._state
-        nll, state = self.losses(batch, state)
+        nll, state = self.losses(batch, state.to(self.device))
         self._state = state.detach()
-        self._total += nll.detach().sum()
+        self._total = self._total.to(self.device) + nll.detach().sum()  # a checkpoint's may be on the CPU
         self._count += nll.numel()
         return nll.mean()
 
     def losses(self, batch: Any, state: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (B·n,) in nats, row by row, and the last contexts (B, C), from the contexts (B, C) before."""
-        dropout, contexts = self.hparams["dropout"], []
+        dropout, contexts = self.recipe["dropout"], []
         with torch.autocast(self.device.type, enabled=False):  # a recurrence would add up what bf16 rounds off
             drives = self.encoder.drive(F.dropout(self.table[batch.tokens], dropout, self.training))
             for drive in drives.unbind(1):
@@ -129,11 +131,12 @@ class RecurrentLMModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         learnt = [*self.encoder.parameters(), *self.projection.parameters()]
         groups: list[dict[str, Any]] = [{"params": learnt}, {"params": [self.bias], "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"])
+        optimizer = torch.optim.AdamW(groups, lr=self.recipe["lr"], weight_decay=self.recipe["weight_decay"])
         steps = self.trainer.estimated_stepping_batches
         rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
     def _rate(self, step: int, steps: float) -> float:
-        """The learning rate of a step, as a part of `lr`: up over the warm-up, then down to `LAST_RATE` in a line."""
-        return min(1.0, (step + 1) / WARMUP_STEPS) * max(LAST_RATE, 1 - step / max(1, steps))
+        """The learning rate of a step, as a part of `lr`: up over the warm-up, then down to the last one in a line."""
+        rising = min(1.0, (step + 1) / self.recipe["warmup_steps"])
+        return rising * max(self.recipe["last_rate"], 1 - step / max(1, steps))

@@ -15,9 +15,18 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 """What tells a process its number among those of one run; the first that is there counts, as it does for Lightning."""
 
 
+STARTED = {"RANK": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}
+"""What tells a process that others were started beside it: its number and theirs."""
+
+
 def follows() -> bool:
     """Whether this is one of several processes of a run, and not the first, which alone tells, locks and writes."""
     return any(number != "0" for number in [os.environ[name] for name in RANKS if name in os.environ][:1])
+
+
+def has_siblings() -> bool:
+    """Whether a cluster, or torchrun, started this process as one of several."""
+    return any(name in os.environ and int(os.environ.get(of, "1")) > 1 for name, of in STARTED.items())
 
 
 def named_run(name: str, outputs: Path) -> RunFolder:

@@ -192,8 +192,11 @@ def test_what_a_taught_encoder_is_worth_is_said_beside_the_rivals_that_point_at_
 
     assert said() == []
     (alone,) = said(made(45.0, "pretrain.lm_epochs=4"))
-    assert "test PPL of 90.0 (one seed), 0.900 × without, 0.225 × the published one's" in alone
+    assert "test PPL of 90.0 (one seed), 0.900 × that without, 0.225 × the published one's" in alone
     rival = made(50.0, "pretrain.lm_epochs=4", "model=recurrence", "recipe.pointer_window=602")
     _, against = said(made(45.0, "pretrain.lm_epochs=4"), rival)
     assert "at 100.0 (one seed): the recipe is at 0.900 × that (at most 0.97 was asked for)" in against
     assert "missed" in said(made(49.0, "pretrain.lm_epochs=4"), rival)[1]
+    for ppl, worth in ((45.1, "worth nothing"), (50.0, "worth something")):
+        bare = made(ppl, "pretrain.lm_epochs=4", "interval=1", "max_contexts=1")
+        assert worth in said(made(45.0, "pretrain.lm_epochs=4"), bare)[1]

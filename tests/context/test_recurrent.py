@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctxkv_lightning import phase_one, pipeline
-from ctxkv_lightning.config import Config
+from ctxkv_lightning.config import Config, ContextsConfig
 from ctxkv_lightning.context import recurrent
 from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.context.oacd import effective_rank
@@ -146,11 +146,21 @@ def test_a_run_trains_stores_and_reports_it(tmp_path, monkeypatch, model):
     pipeline.run_experiment(asked, tmp_path / "run")
     monkeypatch.setattr(phase_one, "RecurrentLMModule", lambda *_: pytest.fail("the encoder was trained again"))
     pipeline.run_experiment(asked, tmp_path / "again")
+    plain, run, again = (
+        read(tmp_path / name / "checkpoints" / "best.ckpt")["state_dict"] for name in ("plain", "run", "again")
+    )
+    encoders = [name for name in plain if ".encoder." in name or ".blocks." in name]
+    assert encoders
+    for name in encoders:
+        assert torch.equal(run[name], again[name])
+        assert not torch.equal(run[name], plain[name])
     before, after = (read_metrics(tmp_path / name)["pretrain"] for name in ("plain", "run"))
     each = zip(before.get("encoders", [before]), after.get("encoders", [after]), strict=True)
     for plain, learnt in each:
         assert learnt["history"] == plain["history"]
-        assert learnt["effective_rank"] != plain["effective_rank"]
+        assert learnt["seconds"] == pytest.approx(
+            plain["seconds"] + sum(row["seconds"] for row in learnt["lm_history"])
+        )
         assert [row["epoch"] for row in learnt["lm_history"]] == [1, 2]
         assert learnt["lm_history"][1]["train_ppl"] < learnt["lm_history"][0]["train_ppl"]
     phases = ["pretrain-lm"] if model == "context_kv" else ["pretrain-1-lm", "pretrain-2-lm"]
@@ -160,7 +170,7 @@ def test_a_run_trains_stores_and_reports_it(tmp_path, monkeypatch, model):
     assert "as a language model" not in (tmp_path / "plain" / "report.md").read_text()
 
 
-def test_contexts_of_such_an_encoder_are_exact_and_stored_once(tmp_path):
+def test_contexts_of_such_an_encoder_are_exact(tmp_path):
     """Its spectrum is that of the contexts which are read, not of those that OACD ended with."""
     config = replace(SMALL, cache_dir=str(tmp_path / "cache"), pretrain=replace(SMALL.pretrain, lm_epochs=2))
     pipeline.run_experiment(config, tmp_path / "run")
@@ -174,3 +184,43 @@ def test_contexts_of_such_an_encoder_are_exact_and_stored_once(tmp_path):
     assert found == pytest.approx(effective_rank(stream.contexts[0]), rel=1e-4)
     weights = read(tmp_path / "run" / "checkpoints" / "best.ckpt")["state_dict"]
     assert torch.equal(weights["model.encoder.linear.weight"], encoder.linear.weight)
+
+
+@pytest.mark.parametrize("embeddings", ["table", "tokens"])
+def test_it_is_the_same_encoder_whatever_contexts_and_embeddings_are_stored_in(tmp_path, embeddings):
+    """And whatever precision goes on with the run: it is not trained again under weights that know another one."""
+    config = replace(
+        SMALL,
+        cache_dir=str(tmp_path / "cache"),
+        pretrain=replace(SMALL.pretrain, lm_epochs=1),
+        contexts=ContextsConfig(dtype="bfloat16"),
+        embeddings=embeddings,
+        trainer=replace(SMALL.trainer, precision="32-true"),
+    )
+    pipeline.run_experiment(config, tmp_path / "run")
+    longer = replace(
+        config, train=replace(config.train, max_epochs=3), trainer=replace(config.trainer, precision="bf16-mixed")
+    )
+    pipeline.run_experiment(longer, tmp_path / "run", resume="strict")
+    data = ContextDataModule(**yaml.safe_load((tmp_path / "run" / "lightning.yaml").read_text())["data"])
+    weights = read(tmp_path / "run" / "checkpoints" / "best.ckpt")["state_dict"]
+    assert torch.equal(weights["model.encoder.linear.weight"], data.encoders()[0].linear.weight)
+
+
+def test_an_encoder_needs_something_to_predict():
+    with pytest.raises(UserError, match="at least 2 tokens for each encoder"):
+        phase_one.pretrain_as_lm(
+            replace(SMALL, pretrain=replace(SMALL.pretrain, lm_epochs=1)), None, OneToken(), None, None, "pretrain-lm"
+        )
+
+
+class OneToken:
+    """What is asked of a data module before anything is trained."""
+
+    pretrain_rows = slice(0, 1)
+
+    def pretrain_on(self, rows, in_rows):
+        assert in_rows
+
+    def pretrain_ids(self):
+        return torch.zeros(1, dtype=torch.long)

@@ -94,6 +94,7 @@ results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it
 	$(BEST) pretrain.max_iterations=1 $(OUT)/without-phase-one
 	$(BEST) seed=42,1,2 pretrain.lm_epochs=4 $(OUT)/best-taught
 	$(BEST) seed=42,1,2 pretrain.lm_epochs=4 model=sliding_window model.window_tokens=9 recipe.pointer_window=500 $(OUT)/best-taught
+	$(BEST) pretrain.lm_epochs=4 interval=1 max_contexts=1 $(OUT)/taught-levers
 	$(BEST) samples=500 seed=42,1,2 $(OUT)/best-500
 	$(BEST) samples=500 seed=42,1,2 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/without-pointer-500
 	$(BIN)/python -m benchmarks.findings outputs/results

@@ -26,8 +26,8 @@ OURS, GRID, HEADS = "context_kv, strided", "context_kv, grid", "context_kv, an i
 PATIENT = "context_kv, strided, until its patience ends"
 """The published selection with the published limit of 40 epochs; all others have at most `EPOCHS`."""
 
-LEARNT = ", encoder learnt as a language model"
-"""What is added to the name of a model whose encoder did: contexts of another kind, kept and read like the others."""
+LEARNT = ", encoder also trained as a language model"
+"""What is added to the name of a model whose encoder was: contexts of another kind, kept and read like the others."""
 
 DIRECT = ", current context read beside attention"
 """What is added to the name of ours where it has the one part of the recipe that is shown without the others."""

@@ -185,7 +185,7 @@ def worth_of_levers(found: dict[Key, list[Run]]) -> list[str]:
     if rows:
         base = mean([run for run in best if run["config"]["seed"] == 42] or best)
         worth = ", ".join(f"{name} ({ppl / base:.2f} ×)" for ppl, name, _ in rows[:3])
-        idle = [name for ppl, name, _ in rows if ppl < 1.01 * base]
+        idle = [name for ppl, name, _ in rows if ppl < 1.01 * base and LEVERS[name] is not TAUGHT]
         said.append(f"What harms the recipe most, of the changes in the table, is to train it {worth}; one seed each.")
         if idle:
             said.append(f"To train it {', or '.join(idle)} costs less than 1 % or helps (one seed).")

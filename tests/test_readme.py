@@ -5,10 +5,12 @@ import io
 import json
 import re
 import shlex
+import statistics
 
 import pytest
 from rich.console import Console
 
+from benchmarks import findings
 from ctxkv_lightning.__main__ import generate
 from ctxkv_lightning.config import check_key
 from ctxkv_lightning.door import check_command_line
@@ -94,6 +96,17 @@ def test_the_decoding_table_is_the_one_that_was_measured():
     assert rows == expected
     assert f"{measured['against_recomputing']['ratio']:.1f} × faster" in README
     assert f"{measured['prompt']['ratio']:.0f} × sooner" in README
+
+
+def test_what_taught_contexts_are_worth_is_what_was_measured():
+    runs = findings.published(findings.kept_runs(ROOT / "docs" / "results" / "runs"))
+    test = {row.name: statistics.mean(row.test) for row in findings.rows_of(runs, 100)}
+    ours = test[findings.OURS + findings.LEARNT + findings.DIRECT]
+    shown = re.search(r"<!-- taught -->(.*?)<!-- /taught -->", README, re.DOTALL)
+    assert shown
+    ratios = [f"{ours / test[name]:.3f}" for name in (findings.OURS, "sliding_window", "transformer")]
+    assert re.findall(r"0\.\d{3}", shown.group(1)) == ratios
+    assert test["recurrence" + findings.LEARNT] < test["sliding_window"]
 
 
 def test_what_is_said_of_repetition_was_measured_at_the_defaults():

@@ -211,7 +211,7 @@ def _pretrain(metrics: Metrics) -> list[str]:
 
 def _lm_history(phase: Metrics) -> str:
     rows = [(row["epoch"], ppl(row["train_ppl"]), f"{row['seconds']:,.1f}") for row in thinned(phase["lm_history"])]
-    return table(("Epoch", "Train PPL", "Seconds"), rows)
+    return table(("Epoch", "Train PPL", "Seconds"), rows, left=0)
 
 
 def _history(phase: Metrics) -> str:

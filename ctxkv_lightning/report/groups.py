@@ -174,19 +174,19 @@ def along(axis: Axis, groups: Sequence[Group], axes: Sequence[Axis]) -> Swept:
     for group in having:  # best first
         combinations.setdefault(_values(group.settings, others), {}).setdefault(group.settings[axis.key], group)
     whole = {key: points for key, points in combinations.items() if len(points) > 1}
-    references = _references(axis, groups)
     if not 1 <= len(whole) <= MOST_LINES:
         best: dict[Any, Group] = {}
         for group in having:
             best.setdefault(group.settings[axis.key], group)
         best_only = len(whole) > 0 or len(combinations) > 1
-        return Swept([Line({}, _ordered(axis, best))], references, 0, best_only, own)
+        return Swept([Line({}, _ordered(axis, best))], _references(axis, groups, best.values()), 0, best_only, own)
     keys = telling([dict(settings) for settings in whole])
     lines = [
         Line({key: value for key, value in settings if key in keys and value is not MISSING}, _ordered(axis, points))
         for settings, points in whole.items()
     ]
-    return Swept(lines, references, len(combinations) - len(whole), False, own)
+    drawn = [group for line in lines for _, group in line.points]
+    return Swept(lines, _references(axis, groups, drawn), len(combinations) - len(whole), False, own)
 
 
 def _own(axis: Axis, groups: Sequence[Group], axes: Sequence[Axis]) -> tuple[str, ...]:
@@ -210,11 +210,16 @@ def _ordered(axis: Axis, points: dict[Any, Group]) -> tuple[tuple[Any, Group], .
     return tuple((value, points[value]) for value in axis.values if value in points)
 
 
-def _references(axis: Axis, groups: Sequence[Group]) -> list[Group]:
+def _references(axis: Axis, groups: Sequence[Group], drawn: Iterable[Group]) -> list[Group]:
+    """The best of each model without the key, with no other value of what it shares with the `drawn` than theirs."""
     best: dict[str, Group] = {}
+    values: dict[str, set[Any]] = {}
+    for key, value in (item for group in drawn for item in group.settings.items() if item[0] != MODEL):
+        values.setdefault(key, set()).add(value)
     for group in groups:
         known = group.runs[0].settings
         voices = bool(known.get("recipe.pointer_heads")), bool(known.get("recipe.ngram"))
-        if axis.key not in group.settings and not reads(known["model.name"], axis.key, *voices):
+        alike = all(key not in values or value in values[key] for key, value in group.settings.items())
+        if alike and axis.key not in group.settings and not reads(known["model.name"], axis.key, *voices):
             best.setdefault(group.model, group)
     return list(best.values())

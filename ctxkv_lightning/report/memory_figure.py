@@ -55,7 +55,7 @@ def memory(groups: Sequence[Group], title: str, names: Mapping[str, str]) -> Fig
     readable_log(axes, lambda value: f"{value:,.8g}")
     kilobyte_ticks(axes)
     stairs = _draw_front(axes, [points[i] for i in front])
-    axes.set_title(f"{title}{len(front)} of {len(groups)} configurations on the Pareto front")
+    axes.set_title(f"{title}{len(front)} of {len(groups)} on the Pareto front")
     label_points(axes, _labels(groups, points, front, names), points, stairs)
     return figure
 

@@ -69,7 +69,7 @@ def test_memory_shows_every_group_at_its_bytes() -> None:
     ]
     assert [text.get_text() for text in axes.texts] == ["transformer", "context_kv", "recurrence"]
     assert axes.get_xscale() == "log"
-    assert axes.get_title("left") == "3 of 3 configurations on the Pareto front"
+    assert axes.get_title("left") == "3 of 3 on the Pareto front"
     assert "one standard deviation" in drawn.caption
     (bar,) = [line for line in axes.lines if line.get_marker() == "_"]
     assert list(bar.get_ydata()) == [pytest.approx(205 - 5 * math.sqrt(2)), pytest.approx(205 + 5 * math.sqrt(2))]
@@ -81,7 +81,7 @@ def test_each_amount_of_text_has_a_front_of_its_own() -> None:
     ]
     drawn = memory([*runs, run(7, model="cascade", samples=9)])
     assert [each.name for each in drawn] == ["memory-800", "memory-500", "memory-250", "memory-100"]
-    assert drawn[0].figure.axes[0].get_title("left") == "800 documents: 1 of 2 configurations on the Pareto front"
+    assert drawn[0].figure.axes[0].get_title("left") == "800 documents: 1 of 2 on the Pareto front"
 
 
 def test_of_one_model_the_front_is_named_by_its_settings() -> None:

@@ -138,12 +138,25 @@ def test_more_combinations_than_eight_leave_the_best_of_each_value() -> None:
 
 
 def test_models_without_the_key_are_references_by_their_best() -> None:
-    runs = [run(1, interval=20), run(2, interval=50), run(9, model="transformer"), run(8, model="cascade")]
-    _, found = swept([*runs, run(7, model="transformer", seed=9, samples=7)], "interval")
+    runs = [run(1, interval=20), run(2, interval=50), run(8, model="cascade")]
+    for ppl, tokens in ((9, 100), (7, 50)):
+        metrics = model_metrics(val_ppl=ppl, model="sliding_window")
+        metrics["config"]["model"]["window_tokens"] = tokens
+        runs.append(as_run("x", metrics))
+    _, found = swept(runs, "interval")
     assert [(group.model, group.val_ppl.mean) for group in found.references] == [
-        ("transformer", pytest.approx(7)),
+        ("sliding_window", pytest.approx(7)),
         ("cascade", pytest.approx(8)),
     ]
+
+
+def test_references_are_of_the_text_that_the_lines_are_of() -> None:
+    """A model that read five times as much is no rival of those along the axis."""
+    runs = [run(5, interval=20), run(4, interval=50), run(6, model="transformer"), run(3, model="cascade", samples=500)]
+    _, found = swept(runs, "interval")
+    assert [(group.model, group.val_ppl.mean) for group in found.references] == [("transformer", 6)]
+    _, both = swept([*runs, run(2, interval=20, samples=500), run(1, interval=50, samples=500)], "interval")
+    assert [group.model for group in both.references] == ["cascade", "transformer"]
 
 
 def test_a_model_with_settings_of_its_own_shows_its_best() -> None:

@@ -247,8 +247,8 @@ def taught(runs: Sequence[Run]) -> str:
         return ""
     return (
         f" Where a name has '{LEARNT.removeprefix(', ')}', Phase 1 went on for {LM_EPOCHS} epochs by truncated "
-        "back-propagation (`pretrain.lm_epochs`); all else is the same. Models that attend to tokens have no encoder that "
-        "could be, and were not given the context of one."
+        "back-propagation (`pretrain.lm_epochs`); all else is the same. Models that attend to tokens have no encoder "
+        "that could be, and were not given the context of one."
     )
 
 

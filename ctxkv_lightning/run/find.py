@@ -14,7 +14,6 @@ from ctxkv_lightning.run.lease import locked
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 """What tells a process its number among those of one run; the first that is there counts, as it does for Lightning."""
 
-
 STARTED = {"RANK": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}
 """What tells a process that others were started beside it: its number and theirs."""
 

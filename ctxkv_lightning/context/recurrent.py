@@ -133,10 +133,12 @@ class RecurrentLMModule(L.LightningModule):
         groups: list[dict[str, Any]] = [{"params": learnt}, {"params": [self.bias], "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.recipe["lr"], weight_decay=self.recipe["weight_decay"])
         steps = self.trainer.estimated_stepping_batches
-        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, steps))
+        warmup, last = self.recipe["warmup_steps"], self.recipe["last_rate"]
+        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_rate(step, steps, warmup, last))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
-    def _rate(self, step: int, steps: float) -> float:
-        """The learning rate of a step, as a part of `lr`: up over the warm-up, then down to the last one in a line."""
-        rising = min(1.0, (step + 1) / self.recipe["warmup_steps"])
-        return rising * max(self.recipe["last_rate"], 1 - step / max(1, steps))
+
+def linear_rate(step: int, steps: float, warmup_steps: float, last: float) -> float:
+    """The learning rate of a step, as a part of the highest: up over the warm-up, then down to `last` in a line."""
+    rising = min(1.0, (step + 1) / max(1, warmup_steps))
+    return rising * max(last, 1 - step / max(1, steps))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from ctxkv_lightning.context.recurrent import linear_rate
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.attention import Selection
 from ctxkv_lightning.lm.output import Asked
@@ -192,8 +193,7 @@ class ContextKVLMModule(L.LightningModule):
         """The learning rate of a step, as a part of `lr`: up over the warm-up, then down to `LAST_RATE` in a line."""
         if self.hparams["schedule"] == "constant":
             return 1.0
-        rising = min(1.0, (step + 1) / max(1, self.hparams["warmup_steps"]))
-        return rising * max(LAST_RATE, 1 - step / max(1, steps))
+        return linear_rate(step, steps, self.hparams["warmup_steps"], LAST_RATE)
 
     def _hidden(self, batch: Windows) -> tuple[Tensor, Asked]:
         """Hidden states (B, T, D), and what the loss reads besides."""

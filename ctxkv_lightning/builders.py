@@ -33,17 +33,17 @@ class Builder:
         return cls(**{**found.groupdict(), "pid": int(found["pid"])}) if found else None  # type: ignore[arg-type]
 
     @property
-    def dead(self) -> bool:
-        """Whether it has certainly ended: nobody here has its number. False for processes of other machines."""
+    def alive(self) -> bool | None:
+        """Whether somebody here has its number; None for processes of other machines."""
         if self.place != place():
-            return False
+            return None
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
-            return True
-        except OSError:
             return False
-        return False
+        except OSError:
+            return True
+        return True
 
 
 def aside(path: Path) -> Path:
@@ -65,7 +65,7 @@ def place() -> str:
 def abandoned(folder: Path, seconds: float = ABANDONED_SECONDS) -> bool:
     """Whether `folder` was being built by a process that is dead, or has been left alone for so long."""
     builder = Builder.of(folder)
-    return builder is not None and (builder.dead or silence(folder) > seconds)
+    return builder is not None and (builder.alive is False or silence(folder) > seconds)
 
 
 def silence(folder: Path) -> float:

@@ -31,7 +31,8 @@ log = logging.getLogger("ctxkv_lightning")
 FORMAT = 3
 MANIFEST = "manifest.json"
 WAITS = (5, 55, *(60,) * 29)
-"""Seconds to wait for another builder; after each it is told for whom, after the last the work is done twice."""
+"""Seconds to wait for another builder; after each it is told for whom, after the last the work is done twice, unless
+the builder is of this machine and known to live."""
 
 LONG_TO_HASH = 1 << 30
 """Bytes from which on hashing takes so long that it is told."""
@@ -220,7 +221,7 @@ def _turn(path: Path) -> Iterator[None]:
     """
     lock = lock_of(path)
     try:
-        for seconds in WAITS:
+        for seconds in _waits(path):
             try:
                 lock.acquire(timeout=seconds)
                 break
@@ -235,14 +236,26 @@ def _turn(path: Path) -> Iterator[None]:
         lock.release()
 
 
+def _waits(path: Path) -> Iterator[float]:
+    yield from WAITS
+    lives = True
+    while lives:  # once more after it is seen no longer: it may be putting its store into place
+        lives = any(builder.alive for builder, _ in _builders(path))
+        yield WAITS[-1]
+
+
 def _builder(path: Path) -> str:
     """Who builds the store at `path`, and since when."""
-    for folder in path.parent.glob(f".{path.name}.tmp-*"):
-        builder = Builder.of(folder)
-        if builder is not None:
-            with suppress(OSError):
-                return f"process {builder.pid} on {builder.host} ({time.time() - folder.stat().st_ctime:.0f} s so far)"
+    for builder, folder in _builders(path):
+        with suppress(OSError):
+            return f"process {builder.pid} on {builder.host} ({time.time() - folder.stat().st_ctime:.0f} s so far)"
     return "another process"
+
+
+def _builders(path: Path) -> list[tuple[Builder, Path]]:
+    """Who builds, or has left, the store at `path`, and where."""
+    folders = list(path.parent.glob(f".{path.name}.tmp-*"))
+    return [(builder, folder) for folder in folders if (builder := Builder.of(folder)) is not None]
 
 
 def _build(path: Path, kind: str, key: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any] | None]) -> Store:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from ctxkv_lightning import builders
 from ctxkv_lightning import store as stores
 from ctxkv_lightning.builders import place
 from ctxkv_lightning.errors import UserError
@@ -357,8 +358,12 @@ def test_who_waits_is_told_for_whom_and_builds_in_the_end(tmp_path, monkeypatch,
         time.sleep(2)
         return build(folder, 1)
 
+    def elsewhere():
+        monkeypatch.setattr(builders, "place", lambda: "0" * 8)
+        get_or_build(tmp_path, "thing", {"value": 1}, slow)
+
     monkeypatch.setattr(stores, "WAITS", (0.2, 0.2))
-    child = FORK.Process(target=lambda: get_or_build(tmp_path, "thing", {"value": 1}, slow))
+    child = FORK.Process(target=elsewhere)
     child.start()
     while not unfinished(tmp_path):
         time.sleep(0.01)
@@ -370,6 +375,21 @@ def test_who_waits_is_told_for_whom_and_builds_in_the_end(tmp_path, monkeypatch,
     assert "is built a second time" in caplog.text
     assert len(visible(tmp_path)) == 1
     whole(Store.open(visible(tmp_path)[0], "always"), 1)
+
+
+def test_who_builds_here_and_lives_is_waited_for_however_long_it_takes(tmp_path, monkeypatch, caplog):
+    def slow(folder):
+        time.sleep(1.5)
+        return build(folder, 1)
+
+    monkeypatch.setattr(stores, "WAITS", (0.1, 0.5))
+    child = FORK.Process(target=lambda: get_or_build(tmp_path, "thing", {"value": 1}, slow))
+    child.start()
+    while not unfinished(tmp_path):
+        time.sleep(0.01)
+    assert whole(built(tmp_path, 1), 1).reused
+    child.join()
+    assert "a second time" not in caplog.text
 
 
 def test_who_waits_long_enough_gets_what_the_other_has_built(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ RECIPE = {
     "lr": 0.002,
     "weight_decay": 0.1,
     "dropout": 0.3,
-    "weight_dropout": 0.3,
+    "weight_dropout": 0.5,
     "warmup_steps": 20,
     "last_rate": 0.02,
     "clip_norm": 1.0,

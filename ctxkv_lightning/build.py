@@ -35,8 +35,9 @@ ENCODERS: dict[str, tuple[tuple[int, int], ...]] = {
 
 
 def encoder_parts(config: Config) -> tuple[tuple[int, int], ...]:
-    """As `ENCODERS`; a pointer points at contexts, so it has an encoder whatever the model."""
-    return ENCODERS[config.model.name] or (((0, 1),) if config.recipe.pointer_heads else ())
+    """As `ENCODERS`; who points at contexts, or reads the current one, has an encoder whatever the model."""
+    recipe = Recipe(**(recipe_of(config) or {}))
+    return ENCODERS[config.model.name] or (((0, 1),) if recipe.reads_contexts else ())
 
 
 class Text(NamedTuple):

@@ -32,7 +32,7 @@ from ctxkv_lightning.schema import (
     choice,
     number,
 )
-from ctxkv_lightning.unread import unread_keys
+from ctxkv_lightning.unread import Voices, unread_keys
 
 
 @dataclass
@@ -100,8 +100,9 @@ class Config:
     @property
     def unread(self) -> tuple[str, ...]:
         """The keys, or groups of them, that have no effect here."""
-        pointer, counts = bool(self.recipe.pointer_heads), self.recipe.ngram
-        return unread_keys(self.model.name, pointer, counts, self.train.schedule, self.data.source, self.model.layers)
+        recipe = self.recipe
+        voices = Voices(bool(recipe.pointer_heads), recipe.ngram, recipe.read_current)
+        return unread_keys(self.model.name, voices, self.train.schedule, self.data.source, self.model.layers)
 
     def effective(self) -> "Config":
         """This configuration with whatever its model does not read at the default: equal ones are one experiment."""

@@ -87,7 +87,7 @@ def test_settings_without_effect_are_refused_or_make_no_other_experiment():
         check_command_line(["recipe.pointer_values=true"])
     plain, other = (
         check_command_line(["model=transformer", *more])[0]
-        for more in ([], ["recipe.context_dropout=0.1", "recipe.read_current=true", "train.warmup_steps=5"])
+        for more in ([], ["recipe.context_dropout=0.1", "train.warmup_steps=5"])
     )
     assert identity(plain) == identity(other)
     alone, apart, counting, both = (

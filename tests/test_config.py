@@ -192,6 +192,9 @@ def test_an_outputs_folder_that_is_a_file_is_refused(tmp_path):
         (tmp_path / "outputs").unlink()
 
 
+DIRECT = "recipe.read_current=true"
+
+
 def test_an_interval_for_each_head():
     (config,) = check_command_line(["interval=[1,1,5,5,20,20,80,80]", "max_contexts=16"])
     assert config.intervals == (1, 1, 5, 5, 20, 20, 80, 80)
@@ -227,6 +230,12 @@ def test_bytes_kept_decide_the_sliding_window():
         ("model=transformer model.layers=2", "model=transformer model.layers=2 model.local_window=6", True),
         ("model=recurrence", "model=recurrence model.layers=2", False),
         ("model=transformer context_dim=64", "model=transformer pretrain.lr=1", True),
+        ("model=transformer recipe.read_current=true", "model=transformer", False),
+        ("model=sliding_window recipe.read_current=true", "model=sliding_window", False),
+        ("model=recurrence recipe.read_current=true", "model=recurrence", True),
+        (f"model=transformer {DIRECT}", f"model=transformer {DIRECT} pretrain.lr=1", False),
+        (f"model=transformer {DIRECT}", f"model=transformer {DIRECT} recipe.context_dropout=0.5", False),
+        (f"model=transformer {DIRECT}", f"model=transformer {DIRECT} recipe.pointer_window=9", True),
         ("model=sliding_window", "model=sliding_window model.window_tokens=103", True),
         ("model=sliding_window", "model=sliding_window max_contexts=64", False),
         ("model=context_kv cache_dir=a", "model=context_kv embeddings=tokens", True),

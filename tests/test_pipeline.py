@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,8 @@ from ctxkv_lightning.config import (
 )
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
+from ctxkv_lightning.lm.scoring import score_tokens
+from ctxkv_lightning.use import open_trained
 from tests.conftest import ROOT, SHARED_DATA
 
 SMALL = Config(
@@ -210,6 +213,22 @@ def test_hardware_that_is_not_there_is_one_sentence_and_leaves_no_folder(tmp_pat
         pipeline.run_experiment(replace(SMALL, cache_dir=str(tmp_path / "cache"), trainer=trainer), tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_tokens_that_reads_the_current_context_has_an_encoder_and_keeps_one(tmp_path):
+    """What its best checkpoint says of the validation text when it is opened again is what the run has measured."""
+    recipe = replace(SMALL.recipe, read_current=True)
+    model = replace(SMALL.model, name="sliding_window", window_tokens=5, layers=2)
+    trainer = TrainerConfig(accelerator="cpu", precision="32-true")
+    config = replace(SMALL, cache_dir=str(tmp_path / "cache"), model=model, recipe=recipe, trainer=trainer)
+    pipeline.run_experiment(config, tmp_path / "run")
+    metrics, trained = read_metrics(tmp_path / "run"), open_trained(tmp_path / "run")
+    assert metrics["pretrain"]["iterations"] > 0
+    assert metrics["contexts"]["seam_error"] <= config.contexts.tolerance
+    assert metrics["decode_state"]["tensors"]["context"] == [1, config.context_dim]
+    (tokens,) = (tmp_path / "cache" / "tokens").glob("*/validation.npy")
+    losses, _ = score_tokens(trained.model, torch.from_numpy(np.load(tokens)).long())
+    assert float(losses.double().mean().exp()) == pytest.approx(metrics["result"]["val_ppl"], rel=1e-4)
 
 
 @pytest.mark.parametrize("model", ["context_kv", "transformer"])

@@ -111,7 +111,7 @@ class Decoder(DecoderState):
         model, hidden = self.model, embedding
         if not self.layers:
             return model(embedding[:, None], self.state["context"][:, None])[:, 0]
-        now = None if model.reads_tokens else self.state["context"][:, None]
+        now = self.state["context"][:, None] if self.encoders else None
         for number, layer in enumerate(self.layers):
             if self.grows:
                 mixed = self._attend_to_all(number, hidden)

@@ -84,7 +84,8 @@ class TokenAttention(ContextAttention):
     """Ordinary causal attention over tokens with rotary positions: over all of them, or over the last `window`.
 
     Rotary positions are those of Su et al., "RoFormer" (2021). `deep` says that what is attended to is the output of a
-    layer, which pre-norm normalises first; embeddings are normalised already.
+    layer, which pre-norm normalises first; embeddings are normalised already. With `context_dim`, W c_t joins what was
+    attended to, as in `ContextAttention`.
     """
 
     def __init__(
@@ -95,21 +96,29 @@ class TokenAttention(ContextAttention):
         dropout: float,
         norm: Norm = "post",
         deep: bool = False,
+        context_dim: int | None = None,
     ) -> None:
         super().__init__(embedding_dim, embedding_dim, heads, 1, window or 1, dropout, norm=norm)
+        self.read = None if context_dim is None else nn.Linear(context_dim, embedding_dim)
         if embedding_dim // heads % 2:
             raise ValueError(f"heads={heads} must leave an even number of dimensions to each head of {embedding_dim}")
         self.window, self.normalises = window, deep and norm == "pre"
 
-    def forward(self, embeddings: Tensor, memory: Tensor, first: Tensor | None = None) -> Tensor:
-        """(B, T, D) from embeddings (B, T, D) and the memory (B, S+T, D) of all embeddings."""
+    def forward(
+        self, embeddings: Tensor, memory: Tensor, first: Tensor | None = None, direct: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, D) from embeddings (B, T, D), the memory (B, S+T, D) of all, and, if read, contexts (B, ≥T, C)."""
+        now = None
+        if self.read is not None:
+            assert direct is not None
+            now = direct[:, direct.shape[1] - embeddings.shape[1] :]
         attended = self.attended(memory)
         query, key, value = (self.split(x) for x in (self.ask(embeddings), self.key(attended), self.value(attended)))
         positions = torch.arange(key.shape[2], device=key.device)
         query, key = rotated(query, positions[-query.shape[2] :]), rotated(key, positions)
         if self.window is None:
-            return self.combine(embeddings, causal_attention(query, key, value, first))
-        return self.combine(embeddings, strided_attention(query, key, value, 1, self.window, first))
+            return self.combine(embeddings, causal_attention(query, key, value, first), now)
+        return self.combine(embeddings, strided_attention(query, key, value, 1, self.window, first), now)
 
     def attended(self, memory: Tensor) -> Tensor:
         """What keys and values are made of, given what is attended to (B, n, D)."""

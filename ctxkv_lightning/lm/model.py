@@ -115,11 +115,12 @@ class TiedLM(PretrainedModule):
 
         `embeddings` (B, T, D), normalised rows of the frozen table, save looking them up where they are what is read.
         """
-        own = self.recipe.pointer_heads or self.recipe.embedding_dropout  # the memory given is contexts, or undropped
+        own = self.recipe.reads_contexts or self.recipe.embedding_dropout  # the memory given is contexts, or undropped
         looks_up = self.recipe.train_embedding or (self.reads_tokens and own)
         if looks_up and self.reads_tokens:
-            memory = self.embedding_dropout(self.embed(tokens))
-            return self(memory[:, memory.shape[1] - T :], memory, first)
+            embeddings = self.embedding_dropout(self.embed(tokens))
+            direct = {"direct": memory} if self.recipe.read_current else {}
+            return self(embeddings[:, embeddings.shape[1] - T :], embeddings, first, **direct)
         lead = min(self.lead, memory.shape[1] - T)
         if looks_up or lead or embeddings is None:
             embeddings = self.embed(tokens[:, tokens.shape[1] - T - lead :])

@@ -8,6 +8,7 @@ from ctxkv_lightning.context.solve import solve_onwards
 from ctxkv_lightning.lm.attention import of_heads
 from ctxkv_lightning.lm.layers import causal_attention, local_reach
 from ctxkv_lightning.lm.model import ContextKVLM
+from ctxkv_lightning.lm.rivals import TransformerLM
 from ctxkv_lightning.lm.state import DecoderState, of_layer, turned
 
 CHUNK = 1 << 16
@@ -33,7 +34,8 @@ def fill(decoder: DecoderState, tokens: Tensor) -> None:
     if decoder.grows:
         decoder.reserve(n)
         for start in range(0, n, ROWS_AT_A_TIME):
-            _fill_all(decoder, decoder.model.embed(tokens[:, start : start + ROWS_AT_A_TIME]), start)
+            part = slice(start, start + ROWS_AT_A_TIME)
+            _fill_all(decoder, decoder.model.embed(tokens[:, part]), start, contexts[:, part])
     else:
         _fill_layers(decoder, decoder.model.embed(tokens[:, start:]), start, contexts, first)
     if "followers" in decoder.state:
@@ -53,6 +55,8 @@ def _fill_contexts(decoder: DecoderState, tokens: Tensor, start: int) -> tuple[T
     oldest = [ring.kept(n)[0] for name, ring in decoder.rings.items() if ring.length and name not in own]
     if isinstance(decoder.model, ContextKVLM) and start < n:
         oldest.append(max(0, start - (decoder.model.history - decoder.model.lead)))
+    if isinstance(decoder.model, TransformerLM) and _states_read(decoder) and start < n:
+        oldest.append(start)
     first = min(oldest, default=n - 1)
     texts, row_of = tokens.unique(dim=0, return_inverse=True)  # a prompt that is asked several times is solved once
     contexts = torch.stack([_solved(decoder, text, first) for text in texts])[row_of]
@@ -62,6 +66,11 @@ def _fill_contexts(decoder: DecoderState, tokens: Tensor, start: int) -> tuple[T
             to, read, _ = _kept_of(decoder, name, contexts, first)
             decoder.state[name][:, to] = read
     return contexts, first
+
+
+def _states_read(decoder: DecoderState) -> bool:
+    """Whether contexts are read into states that deeper layers keep something of."""
+    return decoder.model.recipe.read_current and len(decoder.layers) > 1
 
 
 def _fill_layers(decoder: DecoderState, hidden: Tensor, start: int, contexts: Tensor, first: int) -> None:
@@ -74,11 +83,15 @@ def _fill_layers(decoder: DecoderState, hidden: Tensor, start: int, contexts: Te
         if of_tokens or decoder.keep == "kv":
             _fill_pairs(decoder, number, *((hidden, start) if of_tokens else (contexts, first)))
         if number < len(decoder.layers) - 1 and hidden.shape[1]:
-            hidden = layer.ffn(layer.attention(hidden, hidden if of_tokens else contexts))
+            read = (hidden, None, contexts) if of_tokens else (contexts,)
+            hidden = layer.ffn(layer.attention(hidden, *read))
 
 
-def _fill_all(decoder: DecoderState, hidden: Tensor, start: int) -> None:
-    """Notes all layers' keys and values of the tokens at `start` and after it, with embeddings (B, n, D)."""
+def _fill_all(decoder: DecoderState, hidden: Tensor, start: int, contexts: Tensor) -> None:
+    """Notes all layers' keys and values of the tokens at `start` and after it, with embeddings (B, n, D).
+
+    Their contexts (B, n, C) are looked at where deeper layers' states read them.
+    """
     stop = start + hidden.shape[1]
     for number, layer in enumerate(decoder.layers):
         pairs = decoder.state[of_layer("kv", number)]
@@ -90,7 +103,8 @@ def _fill_all(decoder: DecoderState, hidden: Tensor, start: int) -> None:
             begin = start + sum(part.shape[1] for part in parts)
             query = turned(layer.attention, layer.attention.split(layer.attention.ask(rows)), begin)
             key, value = pairs[:, :, : begin + rows.shape[1]].chunk(2, dim=-1)
-            parts.append(layer.ffn(layer.attention.combine(rows, causal_attention(query, key, value, None))))
+            mixed, now = causal_attention(query, key, value, None), contexts[:, begin - start :][:, : rows.shape[1]]
+            parts.append(layer.ffn(layer.attention.combine(rows, mixed, now)))
         hidden = torch.cat(parts, dim=1)
 
 

@@ -20,7 +20,8 @@ class Recipe:
     `train_embedding`: input and output share a trained copy of the frozen table; the encoder goes on reading that one.
     `embedding_dropout`, `context_dropout`, `output_dropout`: of normalised embeddings, of contexts, of final states.
     `projection`: logits = E W h + b instead of E h; W starts at zero and b at the training text's unigram.
-    `read_current`: to what attention reads comes W c_t, the current context as `recurrence` reads it; in `context_kv`.
+    `read_current`: to what attention reads comes W c_t, the current context as `recurrence` reads it; in all layers
+    that read contexts, or in the first one of a model that attends to tokens.
     `pointer_heads`: heads of a `CachePointer` of `pointer_dim` numbers each over the last `pointer_window` contexts;
     0 for none. `pointer_values`: what is pointed at is also read into the final state.
     `ngram`: the Kneser-Ney trigram of the training text speaks too, while training that of the rest of the text.
@@ -52,6 +53,11 @@ class Recipe:
         """Whether the head is the published one, whose loss needs nothing but the final states."""
         more = self.train_embedding or self.output_dropout or self.projection or self.pointer_heads or self.ngram
         return self.norm == "post" and not more
+
+    @property
+    def reads_contexts(self) -> bool:
+        """Whether contexts are read, whatever attention reads."""
+        return bool(self.pointer_heads) or self.read_current
 
     @property
     def history(self) -> int:

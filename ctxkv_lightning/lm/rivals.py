@@ -23,7 +23,8 @@ class TransformerLM(TiedLM):
     """A transformer, of one layer as it comes: causal attention over all tokens, or over the last `window` of them.
 
     Deeper layers attend to what the layer before them made of the history. The contexts, of `context_dim` numbers, are
-    those of a recipe's pointer; without one there is no encoder.
+    those that a recipe's pointer points at, or that the first layer reads beside its attention; without either there is
+    no encoder.
     """
 
     reads_tokens = True
@@ -41,28 +42,31 @@ class TransformerLM(TiedLM):
         layers: int = 1,
     ) -> None:
         super().__init__(vocab_size, embedding_dim, context_dim, recipe)
-        norm = self.recipe.norm
+        norm, read = self.recipe.norm, context_dim if self.recipe.read_current else None
 
         def parts(deep: bool) -> tuple[TokenAttention, FeedForward]:
-            attention = TokenAttention(embedding_dim, heads, window, dropout, norm, deep)
+            attention = TokenAttention(embedding_dim, heads, window, dropout, norm, deep, None if deep else read)
             return attention, FeedForward(embedding_dim, ffn_dim, norm, dropout if norm == "pre" else 0.0)
 
-        if self.recipe.pointer_heads:
+        if self.recipe.reads_contexts:
             self.encoder = ContextEncoder(context_dim, embedding_dim).requires_grad_(False)
         self.attention, self.ffn = parts(deep=False)
         self.deeper.extend(Layer(*parts(deep=True)) for _ in range(layers - 1))
 
-    def forward(self, embeddings: Tensor, memory: Tensor, first: Tensor | None = None) -> Tensor:
+    def forward(
+        self, embeddings: Tensor, memory: Tensor, first: Tensor | None = None, direct: Tensor | None = None
+    ) -> Tensor:
         """Final hidden states (B, T, D); the memory (B, S+T, D) holds the embeddings of history and of now.
 
-        Each layer before the last is one more window of history that has to be there.
+        Each layer before the last is one more window of history that has to be there. With `read_current`,
+        the contexts `direct` (B, S+T, C) are read.
         """
         hidden = memory
         for layer in self.layers[:-1]:
-            hidden = layer.ffn(layer.attention(hidden, hidden, first))
+            hidden = layer.ffn(layer.attention(hidden, hidden, first, direct))
         last = self.layers[-1]
         now = hidden[:, -embeddings.shape[1] :] if self.deeper else embeddings
-        return last.ffn(last.attention(now, hidden, first))
+        return last.ffn(last.attention(now, hidden, first, direct))
 
 
 class Reading(nn.Module):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ctxkv_lightning.report.runs import Run, reads
+from ctxkv_lightning.report.runs import Run, reads, voices_of
 
 SEED, MODEL = "seed", "model.name"
 MOST_LINES = 8
@@ -218,8 +218,7 @@ def _references(axis: Axis, groups: Sequence[Group], drawn: Iterable[Group]) -> 
         values.setdefault(key, set()).add(value)
     for group in groups:
         known = group.runs[0].settings
-        voices = bool(known.get("recipe.pointer_heads")), bool(known.get("recipe.ngram"))
         alike = all(key not in values or value in values[key] for key, value in group.settings.items())
-        if alike and axis.key not in group.settings and not reads(known["model.name"], axis.key, *voices):
+        if alike and axis.key not in group.settings and not reads(known["model.name"], axis.key, voices_of(known)):
             best.setdefault(group.model, group)
     return list(best.values())

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.report.markdown import leaves
 from ctxkv_lightning.run.folder import RunFolder
-from ctxkv_lightning.unread import unread_keys
+from ctxkv_lightning.unread import Voices, unread_keys
 
 Metrics = dict[str, Any]
 
@@ -157,9 +157,11 @@ def settings(metrics: Metrics) -> dict[str, Any]:
     config = metrics["config"]
     name, values = config["model"]["name"], dict(leaves(config))
     values |= {key: value for key, value in LATER.items() if key not in values}
-    voices = bool(values["recipe.pointer_heads"]), bool(values["recipe.ngram"])
     layers = values["model.layers"]
-    unread = (*NO_EFFECT, *unread_keys(name, *voices, values["train.schedule"], values["data.source"], layers))
+    unread = (
+        *NO_EFFECT,
+        *unread_keys(name, voices_of(values), values["train.schedule"], values["data.source"], layers),
+    )
     kept = {key: _hashable(value) for key, value in values.items() if not _below(key, unread)}
     if kept.get("samples", 0) is None:
         kept["samples"] = metrics["data"]["train_documents"]
@@ -168,9 +170,14 @@ def settings(metrics: Metrics) -> dict[str, Any]:
     return kept
 
 
-def reads(model: str, key: str, pointer: bool = False, counts: bool = False) -> bool:
-    """Whether a model of this name, with a pointer and counts or without, reads this dotted key."""
-    return not _below(key, unread_keys(model, pointer, counts))
+def voices_of(values: Mapping[str, Any]) -> Voices:
+    """Which voices a run has, whose settings are `values` by dotted key."""
+    return Voices(*(bool(values.get(f"recipe.{name}")) for name in ("pointer_heads", "ngram", "read_current")))
+
+
+def reads(model: str, key: str, voices: Voices) -> bool:
+    """Whether a model of this name, with these voices, reads this dotted key."""
+    return not _below(key, unread_keys(model, voices))
 
 
 def _below(key: str, groups: Sequence[str]) -> bool:

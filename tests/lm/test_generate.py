@@ -54,6 +54,10 @@ MODELS = {
     "recipe_transformer": lambda: TransformerLM(V, D, H, 48, 0.1, None, C, RECIPE),
     "recipe_sliding_window": lambda: TransformerLM(V, D, H, 48, 0.1, 7, C, RECIPE),
     "recipe_recurrence": lambda: RecurrenceLM(V, D, C, 48, 0.1, RECIPE),
+    "read_transformer": lambda: TransformerLM(V, D, H, 48, 0.1, None, C, {"read_current": True}),
+    "read_deep_transformer": lambda: TransformerLM(V, D, H, 48, 0.1, None, C, {"read_current": True}, 3),
+    "read_sliding_window": lambda: TransformerLM(V, D, H, 48, 0.1, 7, C, {"read_current": True}),
+    "read_deep_sliding_window": lambda: TransformerLM(V, D, H, 48, 0.1, 7, C, {"read_current": True}, 3),
     "trained_embedding": lambda: TransformerLM(V, D, H, 48, 0.1, 7, C, {"train_embedding": True}),
 }
 RECIPE = {

@@ -13,7 +13,7 @@ from ctxkv_lightning.lm.head import mixed_cross_entropy
 from ctxkv_lightning.lm.model import ContextKVLM
 from ctxkv_lightning.lm.output import Asked, Output
 from ctxkv_lightning.lm.recipe import Recipe
-from ctxkv_lightning.lm.rivals import build_model
+from ctxkv_lightning.lm.rivals import TransformerLM, build_model
 from ctxkv_lightning.text.ngram import KneserNeyTrigram
 from tests import oracles
 
@@ -241,6 +241,36 @@ def test_the_current_context_is_read_beside_attention(norm):
             )
             expected = plain.ffn(one + found if norm == "pre" else plain.attention.norm(one + found))
             torch.testing.assert_close(model(embeddings, contexts)[:, t : t + 1], expected)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_models_that_attend_to_tokens_read_the_current_context_in_their_first_layer(norm, window, layers):
+    torch.manual_seed(0)
+    recipe = {"norm": norm, "read_current": True}
+    model = shaken(TransformerLM(V, D, 2, 16, 0.1, window, C, recipe, layers))
+    plain = TransformerLM(V, D, 2, 16, 0.1, window, C, {"norm": norm}, layers).eval()
+    own = {key: value for key, value in model.state_dict().items() if ".read." not in key and "encoder" not in key}
+    plain.load_state_dict(own)
+    assert (len(model.encoders()), len(plain.encoders())) == (1, 0)
+    memory, contexts = torch.randn(2, 14, D), torch.randn(2, 14, C)
+    without = plain(memory[:, 5:], memory)
+    assert not torch.allclose(model(memory[:, 5:], memory, direct=contexts), without)
+    with torch.no_grad():
+        read = model.attention.read(contexts)
+        combine, seen = plain.attention.combine, []
+
+        def with_read(embeddings, mixed, now):
+            seen.append(now)
+            found = plain.attention.output(mixed.transpose(1, 2).flatten(2)) + read[:, 14 - embeddings.shape[1] :]
+            return embeddings + found if norm == "pre" else plain.attention.norm(embeddings + found)
+
+        plain.attention.combine = with_read
+        expected = plain(memory[:, 5:], memory)
+        plain.attention.combine = combine
+    assert seen == [None]
+    torch.testing.assert_close(model(memory[:, 5:], memory, direct=contexts), expected)
 
 
 def test_an_empty_recipe_is_the_published_model():

@@ -10,8 +10,11 @@ from ctxkv_lightning import config
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.report import runs
 from ctxkv_lightning.report.runs import as_run, collect, reads, settings
+from ctxkv_lightning.unread import Voices
 from tests.conftest import ROOT
 from tests.report.sample_metrics import model_metrics, sample_metrics, write_run, write_status
+
+EACH = Voices(), Voices(pointer=True), Voices(counts=True), Voices(direct=True)
 
 
 def test_runs_are_found_at_any_depth_once_and_best_first(tmp_path: Path) -> None:
@@ -144,13 +147,10 @@ def test_settings_leave_out_what_changes_nothing() -> None:
     assert not [key for key in kept if key.startswith(("pretrain.", "contexts."))]
     assert kept["heads"] == 8
     assert kept["model.dropout"] == 0.1
-    assert reads("transformer", "heads")
-    assert not reads("transformer", "pretrain.lr")
-    assert [reads("recurrence", "recipe.apart", *voices) for voices in ((), (True,), (False, True))] == [
-        False,
-        True,
-        True,
-    ]
+    assert reads("transformer", "heads", Voices())
+    assert [reads("transformer", "pretrain.lr", voices) for voices in EACH] == [False, True, False, True]
+    assert [reads("recurrence", "recipe.apart", voices) for voices in EACH] == [False, True, True, False]
+    assert [reads("sliding_window", "recipe.pointer_dim", voices) for voices in EACH] == [False, True, False, False]
 
 
 def test_settings_say_what_null_stands_for() -> None:

@@ -58,6 +58,7 @@ results: $(STAMP) ## Train every model and sweep, hours on two cores; what is fi
 	$(BIN)/python train.py -m seed=42,1,2 train.max_epochs=40 hydra.sweep.dir=outputs/results/trained-out
 	$(BIN)/python train.py -m seed=42,1,2 pretrain.lm_epochs=4 model=context_kv,recurrence hydra.sweep.dir=outputs/results/taught
 	$(BIN)/python train.py -m seed=42,1,2 pretrain.lm_epochs=0,4 recipe.read_current=true hydra.sweep.dir=outputs/results/taught
+	$(BIN)/python train.py -m seed=42,1,2 pretrain.lm_epochs=4 recipe.read_current=true model=sliding_window,transformer hydra.sweep.dir=outputs/results/taught
 	$(BIN)/python train.py -m samples=500 seed=42,1,2 model=context_kv,sliding_window,transformer,recurrence,cascade hydra.sweep.dir=outputs/results/models-500
 	$(BIN)/python train.py -m samples=500 seed=42,1,2 selection=grid hydra.sweep.dir=outputs/results/grid-500
 	$(BIN)/python train.py -m samples=500 seed=42,1,2 'interval=[1,1,5,5,20,20,80,80]' hydra.sweep.dir=outputs/results/heads-500
@@ -69,10 +70,10 @@ OUT := hydra.sweep.dir=outputs/results
 
 results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it alone, three hours on two cores; RESULTS.md is made anew
 	$(BEST) seed=42,1,2 $(OUT)/best
-	$(BEST) seed=42,1,2 model=sliding_window,transformer $(OUT)/best-rivals
+	$(BEST) seed=42,1,2 recipe.read_current=false model=sliding_window,transformer $(OUT)/best-rivals
 	$(BEST) seed=42,1,2 model=recurrence recipe.pointer_window=602 $(OUT)/best-rivals
-	$(BEST) seed=42,1,2 model=sliding_window model.window_tokens=25 recipe.pointer_window=310 $(OUT)/equal-bytes
-	$(BEST) seed=42,1,2 model=sliding_window model.window_tokens=9 recipe.pointer_window=500 $(OUT)/equal-bytes
+	$(BEST) seed=42,1,2 recipe.read_current=false model=sliding_window model.window_tokens=25 recipe.pointer_window=310 $(OUT)/equal-bytes
+	$(BEST) seed=42,1,2 recipe.read_current=false model=sliding_window model.window_tokens=9 recipe.pointer_window=500 $(OUT)/equal-bytes
 	$(BEST) seed=42,1,2 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/without-pointer
 	$(BEST) seed=42,1,2 recipe.ngram=false $(OUT)/without-ngram
 	$(BEST) recipe.pointer_heads=0 recipe.pointer_values=false recipe.ngram=false $(OUT)/without-both
@@ -93,7 +94,7 @@ results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it
 	$(BEST) train.schedule=constant train.warmup_steps=0 $(OUT)/without-schedule
 	$(BEST) pretrain.max_iterations=1 $(OUT)/without-phase-one
 	$(BEST) seed=42,1,2 pretrain.lm_epochs=4 $(OUT)/best-taught
-	$(BEST) seed=42,1,2 pretrain.lm_epochs=4 model=sliding_window model.window_tokens=9 recipe.pointer_window=500 $(OUT)/best-taught
+	$(BEST) seed=42,1,2 recipe.read_current=false,true pretrain.lm_epochs=4 model=sliding_window model.window_tokens=9 recipe.pointer_window=500 $(OUT)/best-taught
 	$(BEST) pretrain.lm_epochs=4 interval=1 max_contexts=1 $(OUT)/taught-levers
 	$(BEST) samples=500 seed=42,1,2 $(OUT)/best-500
 	$(BEST) samples=500 seed=42,1,2 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/without-pointer-500

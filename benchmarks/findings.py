@@ -30,7 +30,12 @@ LEARNT = ", encoder also trained as a language model"
 """What is added to the name of a model whose encoder was: contexts of another kind, kept and read like the others."""
 
 DIRECT = ", current context read beside attention"
-"""What is added to the name of ours where it has the one part of the recipe that is shown without the others."""
+"""What is added to the name of a model that has the one part of the recipe that is shown without the others."""
+
+TOLD = LEARNT + DIRECT
+
+TOKENS = ("sliding_window", "transformer")
+"""Models that attend to tokens."""
 
 EPOCHS, LM_EPOCHS = 8, 4
 """Of Phase 2, and of an encoder that is taught."""
@@ -247,8 +252,8 @@ def taught(runs: Sequence[Run]) -> str:
         return ""
     return (
         f" Where a name has '{LEARNT.removeprefix(', ')}', Phase 1 went on for {LM_EPOCHS} epochs by truncated "
-        "back-propagation (`pretrain.lm_epochs`); all else is the same. Models that attend to tokens have no encoder "
-        "that could be, and were not given the context of one."
+        "back-propagation (`pretrain.lm_epochs`); all else is the same. Models that attend to tokens have an encoder, "
+        "and keep its last context, where they read the current one."
     )
 
 
@@ -258,7 +263,8 @@ def missing(runs: Sequence[Run]) -> str:
     for samples in (100, 500):
         rows = {row.name: len(row.runs) for row in rows_of(runs, samples)}
         names = [OURS, PATIENT, GRID, HEADS, "sliding_window", "transformer", "recurrence", "cascade"]
-        names += [OURS + LEARNT, OURS + LEARNT + DIRECT, "recurrence" + LEARNT] if samples == 100 else []
+        told = [f"{name}{TOLD}" for name in (OURS, *TOKENS)]
+        names += [OURS + LEARNT, OURS + DIRECT, *told, "recurrence" + LEARNT] if samples == 100 else []
         wanting = [f"{name} ({3 - rows.get(name, 0)})" for name in names if rows.get(name, 0) < 3]
         left += [f"seeds at {samples} samples of {', '.join(wanting)}"] if wanting else []
     if len(crossed(runs)) < 9:
@@ -293,12 +299,17 @@ def sentences(runs: Sequence[Run], rows: Sequence[Row], more: Sequence[Row] = ()
         (OURS + LEARNT, "contexts of an encoder that was also taught to predict, before they were stored"),
         ("recurrence" + LEARNT, "the current context alone, of such an encoder"),
         (OURS + DIRECT, "the current context is also read as `recurrence` reads it"),
-        (OURS + LEARNT + DIRECT, "the current context of such an encoder is also read as `recurrence` reads it"),
+        (OURS + TOLD, "the current context of such an encoder is also read as `recurrence` reads it"),
+        ("sliding_window" + TOLD, "the last tokens, and the very same context"),
+        ("transformer" + TOLD, "all tokens, and the very same context"),
     ):
         if name in by_name:
             said.append(_against(ours, by_name[name], why))
-    if OURS + LEARNT + DIRECT in by_name:
+    if OURS + TOLD in by_name:
         said.append(_taught_against_rivals(by_name))
+        said += [
+            _told_the_same(by_name[OURS + TOLD], by_name[name + TOLD]) for name in TOKENS if name + TOLD in by_name
+        ]
     if len(crossed(runs)) > 1:
         said.append(_sweep(crossed(runs)))
     said.append(_overfitting(rows))
@@ -319,10 +330,8 @@ def _footing(ours: Row, footing: dict[str, float]) -> str:
 
 def _against(ours: Row, other: Row, why: str) -> str:
     ratio = statistics.mean(other.val) / statistics.mean(ours.val)
-    difference = abs(statistics.mean(other.val) - statistics.mean(ours.val))
-    apart = difference > 2 * math.hypot(*(deviation(row.val) for row in (ours, other)))
     verdict = "loses to the published selection" if ratio > 1 else "beats the published selection"
-    if not apart:
+    if not _apart(ours.val, other.val):
         verdict = "is not told apart from the published selection by these seeds"
     elif min(len(ours.val), len(other.val)) < 2:
         verdict += " (one seed)"
@@ -338,9 +347,9 @@ def _against(ours: Row, other: Row, why: str) -> str:
 
 def _taught_against_rivals(rows: dict[str, Row]) -> str:
     """Test PPL of contexts that were taught and are read directly, beside rivals and beside each of the two alone."""
-    ours = rows[OURS + LEARNT + DIRECT]
+    ours = rows[OURS + TOLD]
     test = statistics.mean(ours.test)
-    others = [rows[name] for name in ("sliding_window", "transformer", "recurrence" + LEARNT) if name in rows]
+    others = [rows[name] for name in (*TOKENS, "recurrence" + LEARNT) if name in rows]
     told = "; ".join(
         f"{test / statistics.mean(row.test):.3f} × that of `{row.name}` ({spread(row.test)}, {row.bytes:,} bytes)"
         for row in others
@@ -351,6 +360,26 @@ def _taught_against_rivals(rows: dict[str, Row]) -> str:
         f"Contexts that are both taught and read directly bring a test PPL of {spread(ours.test)} ({ours.bytes:,} "
         f"bytes kept); {alone}. That is {told}."
     )
+
+
+def _told_the_same(ours: Row, other: Row) -> str:
+    """Attention to contexts against attention to tokens, where both read the current context of the same encoder."""
+    ratio = statistics.mean(ours.test) / statistics.mean(other.test)
+    what = "attention to contexts does better" if ratio < 1 else "attention to contexts does worse"
+    if not _apart(ours.test, other.test):
+        what = "attention to contexts and to tokens are not told apart by these seeds"
+    seeds = f"{len(other.test)} seeds" if len(other.test) > 1 else "one seed"
+    return (
+        f"Given the same context of the same encoder to read, `{other.name.removesuffix(TOLD)}` is at a test PPL of "
+        f"{spread(other.test)} ({other.bytes:,} bytes kept; {seeds}), against which ours is at "
+        f"{ratio:.3f} ×: {what}."
+    )
+
+
+def _apart(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two standard deviations of the difference of the means lie between them."""
+    difference = abs(statistics.mean(one) - statistics.mean(other))
+    return difference > 2 * math.hypot(deviation(one), deviation(other))
 
 
 def _sweep(found: dict[tuple[int, int], Run]) -> str:

@@ -62,11 +62,15 @@ MOST: dict[str, Any] = {"model.name": "sliding_window", "model.window_tokens": 9
 A recurrence has room for more of the pointer's contexts, keeping no others.
 """
 
+UNREAD = {"recipe.read_current": False}
+"""The current context is not read beside attention, as it is by the recipe."""
+
 RIVALS: dict[str, dict[str, Any]] = {
-    "transformer": {"model.name": "transformer"},
-    "sliding_window": {"model.name": "sliding_window"},
-    "sliding_window, half for its pointer": HALVES,
-    "sliding_window, most for its pointer": MOST,
+    "transformer": {"model.name": "transformer", **UNREAD},
+    "sliding_window": {"model.name": "sliding_window", **UNREAD},
+    "sliding_window, half for its pointer": {**HALVES, **UNREAD},
+    "sliding_window, most for its pointer": {**MOST, **UNREAD},
+    "sliding_window, most for its pointer, current context read": MOST,
     "recurrence": {"model.name": "recurrence", "recipe.pointer_window": 602},
 }
 """Other models with the same extras, and the keys that choose them."""

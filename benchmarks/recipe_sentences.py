@@ -149,6 +149,11 @@ def against_rivals(found: dict[Key, list[Run]]) -> list[str]:
         ("sliding_window", 0.97, "keys and values of the last tokens, twice the bytes with the pointer's contexts"),
         ("sliding_window, half for its pointer", 0.97, "25 tokens in each layer and a pointer over 310 contexts"),
         ("sliding_window, most for its pointer", 0.97, "9 tokens in each layer and a pointer over 500 contexts"),
+        (
+            "sliding_window, most for its pointer, current context read",
+            0.97,
+            "9 tokens in each layer, a pointer over 500 contexts, and the current one read beside attention",
+        ),
         ("recurrence", 0.97, "the current context alone in each layer, and a pointer over 602 contexts"),
     ):
         if rival := of(found, **RIVALS[name]):

@@ -107,6 +107,10 @@ def test_what_taught_contexts_are_worth_is_what_was_measured():
     ratios = [f"{ours / test[name]:.3f}" for name in (findings.OURS, "sliding_window", "transformer")]
     assert re.findall(r"0\.\d{3}", shown.group(1)) == ratios
     assert test["recurrence" + findings.LEARNT] < test["sliding_window"]
+    told = re.search(r"<!-- told -->(.*?)<!-- /told -->", README, re.DOTALL)
+    assert told
+    ratios = [f"{ours / test[name + findings.TOLD]:.3f}" for name in findings.TOKENS]
+    assert re.findall(r"0\.\d{3}", told.group(1)) == ratios
 
 
 def test_what_is_said_of_repetition_was_measured_at_the_defaults():

@@ -48,7 +48,7 @@ def test_who_wins_is_decided_by_the_numbers(runs):
 def test_what_is_missing_is_named(runs):
     left = findings.missing(runs)
     assert "context_kv, grid (3)" in left
-    assert "sliding_window" not in left.split(";")[0]
+    assert " sliding_window (" not in left.split(";")[0]
     assert "8 of 9 trials of the sweep over interval and max_contexts" in left
 
 
@@ -97,6 +97,27 @@ def test_a_model_whose_encoder_was_taught_is_a_row_of_its_own(runs):
     assert "for 4 epochs by truncated" in findings.taught(runs)
     assert findings.taught(runs[:3]) == ""
     assert findings.crossed(runs)[20, 32]["config"]["pretrain"].get("lm_epochs", 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("theirs", "verdict"),
+    [
+        ((301.0, 300.0, 296.0), "0.998 ×: attention to contexts and to tokens are not told apart by these seeds"),
+        ((401.0, 400.0, 402.0), "0.744 ×: attention to contexts does better"),
+        ((201.0, 200.0, 202.0), "1.484 ×: attention to contexts does worse"),
+    ],
+)
+def test_models_that_read_the_same_context_are_told_apart_or_not(runs, theirs, verdict):
+    for run in runs:
+        run["config"]["pretrain"]["lm_epochs"], run["config"]["recipe"] = 4, {"read_current": True}
+    for run, test in zip(runs, (297.0, 299.0, 299.0, *theirs), strict=True):
+        run["result"]["test_ppl"] = test
+    plain = copy.deepcopy(runs[0])
+    plain["config"]["pretrain"]["lm_epochs"], plain["config"]["recipe"] = 0, {"read_current": False}
+    made = [*runs, plain]
+    said = findings.sentences(made, findings.rows_of(made, 100))
+    assert any(f"against which ours is at {verdict}." in sentence for sentence in said), said
+    assert sum("`sliding_window" in sentence and "the very same context" in sentence for sentence in said) == 1
 
 
 def test_taught_contexts_that_are_read_directly_stand_beside_rivals_and_beside_either_alone(runs):

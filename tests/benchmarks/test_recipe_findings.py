@@ -27,7 +27,7 @@ def runs():
     return [
         *(made(ppl, seed=seed) for ppl, seed in ((40.0, 42), (50.0, 1), (60.0, 2))),
         made(60.0, "model=recurrence", "recipe.pointer_window=602"),
-        made(20.0, "model=transformer"),
+        made(20.0, "model=transformer", "recipe.read_current=false"),
         made(150.0, "recipe.pointer_heads=0", "recipe.pointer_values=false"),
         made(55.0, "recipe.ngram=false"),
         made(80.0, "recipe.pointer_heads=0", "recipe.pointer_values=false", "samples=500"),

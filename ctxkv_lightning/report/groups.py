@@ -120,7 +120,8 @@ def _axis(groups: Sequence[Group], key: str, companions: tuple[str, ...]) -> Axi
             value = group.settings[key]
             best[value] = min(best.get(value, math.inf), group.val_ppl.mean)
     numbers = sorted(value for value in best if _is_number(value))
-    others = sorted((value for value in best if not _is_number(value)), key=lambda value: best[value])
+    names = [value for value in best if not _is_number(value)]
+    others = sorted(names, key=lambda value: value if isinstance(value, bool) else best[value])  # off, then on
     return Axis(key, companions, (*numbers, *others), "category" if others else _scale(numbers))
 
 

@@ -112,6 +112,16 @@ def test_names_are_in_the_order_of_their_best() -> None:
     assert axis.values == ("transformer", "context_kv", "cascade")
 
 
+@pytest.mark.parametrize("better", [False, True])
+def test_a_switch_is_off_and_then_on_whichever_is_better(better: bool) -> None:
+    made = []
+    for value in (True, False):
+        metrics = model_metrics(val_ppl=1.0 if value is better else 2.0)
+        metrics["config"].setdefault("recipe", {})["read_current"] = value
+        made.append(as_run("x", metrics))
+    assert swept(made, "recipe.read_current")[0].values == (False, True)
+
+
 def test_one_line_for_each_combination_of_the_others() -> None:
     grid = {(i, m): i + m / 100 for i in (20, 50, 100) for m in (16, 32)}
     _, found = swept([run(ppl, interval=i, max_contexts=m) for (i, m), ppl in grid.items()], "interval")

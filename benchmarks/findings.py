@@ -331,7 +331,7 @@ def _footing(ours: Row, footing: dict[str, float]) -> str:
 def _against(ours: Row, other: Row, why: str) -> str:
     ratio = statistics.mean(other.val) / statistics.mean(ours.val)
     verdict = "loses to the published selection" if ratio > 1 else "beats the published selection"
-    if not _apart(ours.val, other.val):
+    if not apart(ours.val, other.val):
         verdict = "is not told apart from the published selection by these seeds"
     elif min(len(ours.val), len(other.val)) < 2:
         verdict += " (one seed)"
@@ -363,10 +363,16 @@ def _taught_against_rivals(rows: dict[str, Row]) -> str:
 
 
 def _told_the_same(ours: Row, other: Row) -> str:
-    """Attention to contexts against attention to tokens, where both read the current context of the same encoder."""
-    ratio = statistics.mean(ours.test) / statistics.mean(other.test)
+    """Attention to contexts against attention to tokens, where both read the current context of the same encoder.
+
+    Of the seeds that both have, for each has an encoder of its own.
+    """
+    own = same_seeds(ours, other)
+    ratio = statistics.mean(own) / statistics.mean(other.test)
     what = "attention to contexts does better" if ratio < 1 else "attention to contexts does worse"
-    if not _apart(ours.test, other.test):
+    if len(own) < 2:
+        what = "one seed says no more"
+    elif not apart(own, other.test):
         what = "attention to contexts and to tokens are not told apart by these seeds"
     seeds = f"{len(other.test)} seeds" if len(other.test) > 1 else "one seed"
     return (
@@ -376,7 +382,13 @@ def _told_the_same(ours: Row, other: Row) -> str:
     )
 
 
-def _apart(one: Sequence[float], other: Sequence[float]) -> bool:
+def same_seeds(ours: Row, other: Row) -> list[float]:
+    """Test PPL of ours with the seeds that the other one has."""
+    seeds = {run["config"]["seed"] for run in other.runs}
+    return [run["result"]["test_ppl"] for run in ours.runs if run["config"]["seed"] in seeds]
+
+
+def apart(one: Sequence[float], other: Sequence[float]) -> bool:
     """Whether two standard deviations of the difference of the means lie between them."""
     difference = abs(statistics.mean(one) - statistics.mean(other))
     return difference > 2 * math.hypot(deviation(one), deviation(other))

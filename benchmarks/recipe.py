@@ -27,8 +27,9 @@ INTRODUCTION = (
     "`context_kv` by about sixty short runs of one seed, chosen on the validation set alone; the rivals were not tuned "
     "further, which favours `context_kv`. Its first layer reads contexts, the others what the layer before them made "
     "of the last eight tokens; all layers of a rival are of its own kind, and each that attends to tokens keeps keys "
-    "and values of its own. `context_kv` reads the current context beside its attention, which `recurrence` does in "
-    "place of one; of the models that attend to tokens, those do whose name says it. Made by `make results-best`; "
+    "and values of its own. One extra is not shared: `context_kv` reads the current context beside its attention, "
+    "which `recurrence` does in place of one; of the models that attend to tokens, those do whose name says it. Made "
+    "by `make results-best`; "
     "[side by side](docs/results/best/report.md)."
 )
 LEVERS_ARE = "What the validation PPL becomes when one thing is done to the recipe, and nothing but what the row says."

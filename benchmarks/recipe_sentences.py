@@ -149,11 +149,6 @@ def against_rivals(found: dict[Key, list[Run]]) -> list[str]:
         ("sliding_window", 0.97, "keys and values of the last tokens, twice the bytes with the pointer's contexts"),
         ("sliding_window, half for its pointer", 0.97, "25 tokens in each layer and a pointer over 310 contexts"),
         ("sliding_window, most for its pointer", 0.97, "9 tokens in each layer and a pointer over 500 contexts"),
-        (
-            "sliding_window, most for its pointer, current context read",
-            0.97,
-            "9 tokens in each layer, a pointer over 500 contexts, and the current one read beside attention",
-        ),
         ("recurrence", 0.97, "the current context alone in each layer, and a pointer over 602 contexts"),
     ):
         if rival := of(found, **RIVALS[name]):
@@ -283,7 +278,8 @@ def against(best: list[Run], rival: list[Run], name: str, bound: float, words: s
     """How the recipe does against a rival with the same extras, of which at most `bound` × was asked for."""
     ratio = mean(best, "test_ppl") / mean(rival, "test_ppl")
     kept, theirs = (runs[0]["decode_state"]["bytes"]["10000"] for runs in (best, rival))
+    but = "" if rival[0]["config"]["recipe"]["read_current"] else " but the direct read"
     return (
-        f"Against `{name}` with the same extras ({words}; {theirs:,} bytes kept against {kept:,}), test PPL is "
+        f"Against `{name}` with the same extras{but} ({words}; {theirs:,} bytes kept against {kept:,}), test PPL is "
         f"{ratio:.3f} × ({spread(best, 'test_ppl')} against {spread(rival, 'test_ppl')}; {verdict(ratio, bound)})."
     )

@@ -94,7 +94,8 @@ class Config:
     def window_tokens(self) -> int:
         """k of `sliding_window`: as asked for, or the tokens whose keys and values fit where `context_kv` keeps its."""
         pair = 2 * self.embedding.dim
-        fitting = (self.kept_contexts * self.context_dim + self.local_reach * pair) // (pair * self.model.layers)
+        contexts = self.kept_contexts - self.recipe.read_current  # one is kept besides, where it is read
+        fitting = (contexts * self.context_dim + self.local_reach * pair) // (pair * self.model.layers)
         return self.model.window_tokens or max(1, fitting)
 
     @property

@@ -132,7 +132,7 @@ class RecipeConfig:
     projection: bool = False
     """logits = E W h + b: W starts at zero, b at the unigram."""
     read_current: bool = False
-    """The current context is also read directly, beside attention: by layers that read contexts, or by the first."""
+    """The current context is also read directly, beside attention: by layers that read contexts, else by the first."""
     pointer_heads: int = number(0, at_least=0, below=LARGEST)
     """Heads of a pointer to the tokens that followed contexts like the current one; 0: none."""
     pointer_dim: int = number(64, at_least=1, at_most=LARGEST)

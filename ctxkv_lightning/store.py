@@ -221,12 +221,13 @@ def _turn(path: Path) -> Iterator[None]:
     """
     lock = lock_of(path)
     try:
-        for seconds in _waits(path):
+        for waited, seconds in enumerate(_waits(path), start=1):
             try:
                 lock.acquire(timeout=seconds)
                 break
             except TimeoutError:
-                log.info(f"waiting for {path}, which is being built by {_builder(path)}")
+                advice = "; if it hangs, stop it" if waited >= len(WAITS) else ""
+                log.info(f"waiting for {path}, which is being built by {_builder(path)}{advice}")
             except (OSError, NotImplementedError):
                 break
         else:

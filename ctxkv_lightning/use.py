@@ -88,11 +88,14 @@ def open_export(folder: Path) -> TrainedModel:
 
 def _model_of(checkpoint: dict[str, Any], path: Path) -> TiedLM:
     try:
-        options = checkpoint["hyper_parameters"]
+        options, stored = checkpoint["hyper_parameters"], checkpoint["state_dict"].items()
+        weights = {key.removeprefix(PREFIX): value for key, value in stored if key.startswith(PREFIX)}
         arguments = {name: options[name] for name in inspect.signature(build_model).parameters if name in options}
+        recipe = options.get("recipe") or {}
+        if recipe.get("read_current") and "attention.read.weight" not in weights:
+            arguments["recipe"] = {**recipe, "read_current": False}  # models of tokens had the key without its effect
         model = build_model(options["model"], **arguments)
-        weights = checkpoint["state_dict"].items()
-        model.load_state_dict({key.removeprefix(PREFIX): value for key, value in weights if key.startswith(PREFIX)})
+        model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is not the checkpoint of a model of this version ({reason})") from error

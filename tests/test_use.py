@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from ctxkv_lightning import use
 from ctxkv_lightning.__main__ import main
 from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.lm.module import ContextKVLMModule
 from ctxkv_lightning.lm.sampling import Sampler
 from ctxkv_lightning.lm.scoring import score_tokens
 from ctxkv_lightning.run.checkpoint import VerifiedCheckpointIO
@@ -257,3 +259,13 @@ def test_what_cannot_be_used_is_one_sentence(damage, message, copied, capsys):
     assert said.err.count("\n") == 1
     with pytest.raises(UserError, match=message):
         open_trained(copied)
+
+
+def test_a_model_of_tokens_from_before_it_could_read_the_current_context_opens():
+    """Its recipe says that it does, which had no effect: it has no weights for it."""
+    recipe = {"pointer_heads": 1, "pointer_window": 4}
+    module = ContextKVLMModule(60, 32, 16, 4, model="sliding_window", window_tokens=5, ffn_dim=48, recipe=recipe)
+    told = {**module.hparams, "recipe": {**recipe, "read_current": True}}
+    opened = use._model_of({"hyper_parameters": told, "state_dict": module.state_dict()}, Path("x"))
+    assert not opened.recipe.read_current
+    assert opened.state_dict().keys() == module.model.state_dict().keys()

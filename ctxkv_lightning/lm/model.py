@@ -33,11 +33,12 @@ class TiedLM(PretrainedModule):
 
     A subclass has `forward(embeddings, memory, first) -> (B, T, D)`: final hidden states from normalised embeddings
     (B, T, D) and a memory (B, S+T, ·) that begins with S ≥ 0 positions of history, contexts or embeddings; row b's
-    memory before index `first[b]` does not exist. `recipe` holds the fields of a `Recipe` that are not its defaults.
+    memory before index `first[b]` does not exist. One that reads embeddings and, beside them, the current context is
+    given the contexts (B, S+T, C) too, as `direct`. `recipe` holds the fields of a `Recipe` that are not its defaults.
     """
 
     reads_tokens: ClassVar[bool] = False
-    """Whether the memory that `forward` reads is the embeddings of the history, not its contexts."""
+    """Whether attention reads the embeddings of the history, not its contexts."""
 
     lead: int = 0
     """Positions before those asked for that go through `forward` with them, where history has so many."""

@@ -35,7 +35,8 @@ def fill(decoder: DecoderState, tokens: Tensor) -> None:
         decoder.reserve(n)
         for start in range(0, n, ROWS_AT_A_TIME):
             part = slice(start, start + ROWS_AT_A_TIME)
-            _fill_all(decoder, decoder.model.embed(tokens[:, part]), start, contexts[:, part])
+            direct = contexts[:, part] if _states_read(decoder) else None
+            _fill_all(decoder, decoder.model.embed(tokens[:, part]), start, direct)
     else:
         _fill_layers(decoder, decoder.model.embed(tokens[:, start:]), start, contexts, first)
     if "followers" in decoder.state:
@@ -83,14 +84,15 @@ def _fill_layers(decoder: DecoderState, hidden: Tensor, start: int, contexts: Te
         if of_tokens or decoder.keep == "kv":
             _fill_pairs(decoder, number, *((hidden, start) if of_tokens else (contexts, first)))
         if number < len(decoder.layers) - 1 and hidden.shape[1]:
-            read = (hidden, None, contexts) if of_tokens else (contexts,)
+            direct = contexts if _states_read(decoder) else None
+            read = (hidden, None, direct) if of_tokens else (contexts,)
             hidden = layer.ffn(layer.attention(hidden, *read))
 
 
-def _fill_all(decoder: DecoderState, hidden: Tensor, start: int, contexts: Tensor) -> None:
+def _fill_all(decoder: DecoderState, hidden: Tensor, start: int, direct: Tensor | None) -> None:
     """Notes all layers' keys and values of the tokens at `start` and after it, with embeddings (B, n, D).
 
-    Their contexts (B, n, C) are looked at where deeper layers' states read them.
+    `direct` are their contexts (B, n, C) where the first layer reads them, and deeper ones what it makes of them.
     """
     stop = start + hidden.shape[1]
     for number, layer in enumerate(decoder.layers):
@@ -103,7 +105,8 @@ def _fill_all(decoder: DecoderState, hidden: Tensor, start: int, contexts: Tenso
             begin = start + sum(part.shape[1] for part in parts)
             query = turned(layer.attention, layer.attention.split(layer.attention.ask(rows)), begin)
             key, value = pairs[:, :, : begin + rows.shape[1]].chunk(2, dim=-1)
-            mixed, now = causal_attention(query, key, value, None), contexts[:, begin - start :][:, : rows.shape[1]]
+            mixed = causal_attention(query, key, value, None)
+            now = None if direct is None else direct[:, begin - start :][:, : rows.shape[1]]
             parts.append(layer.ffn(layer.attention.combine(rows, mixed, now)))
         hidden = torch.cat(parts, dim=1)
 

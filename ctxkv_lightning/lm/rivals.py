@@ -1,7 +1,7 @@
 """The systems that the context model is compared with, behind the same interface.
 
-Same frozen embedding, tied head and feed-forward layer; what differs is what is remembered. The two that attend to
-tokens read the embeddings of the history as their memory, the other two contexts.
+Same frozen embedding, tied head and feed-forward layer; what differs is what is remembered. Those that attend to tokens
+read the embeddings of the history as their memory, the others contexts.
 """
 
 from collections.abc import Sequence

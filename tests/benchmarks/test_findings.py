@@ -120,6 +120,20 @@ def test_models_that_read_the_same_context_are_told_apart_or_not(runs, theirs, v
     assert sum("`sliding_window" in sentence and "the very same context" in sentence for sentence in said) == 1
 
 
+def test_of_models_that_read_the_same_context_only_seeds_that_both_have_are_compared(runs):
+    for run in runs:
+        run["config"]["pretrain"]["lm_epochs"], run["config"]["recipe"] = 4, {"read_current": True}
+    plain = copy.deepcopy(runs[0])
+    plain["config"]["pretrain"]["lm_epochs"], plain["config"]["recipe"] = 0, {"read_current": False}
+    for run, test in zip(runs, (100.0, 300.0, 500.0, 200.0, 0.0, 0.0), strict=True):
+        run["result"]["test_ppl"] = test
+    made = [*runs[:4], plain]  # of the rival, seed 42 alone
+    said = " ".join(findings.sentences(made, findings.rows_of(made, 100)))
+    assert "(1,000 bytes kept; one seed), against which ours is at 0.500 ×: one seed says no more." in said.replace(
+        "635,904 bytes kept; one", "1,000 bytes kept; one"
+    )
+
+
 def test_taught_contexts_that_are_read_directly_stand_beside_rivals_and_beside_either_alone(runs):
     third = copy.deepcopy(runs[0])
     third["config"]["pretrain"]["lm_epochs"] = 4

@@ -390,6 +390,7 @@ def test_who_builds_here_and_lives_is_waited_for_however_long_it_takes(tmp_path,
     assert whole(built(tmp_path, 1), 1).reused
     child.join()
     assert "a second time" not in caplog.text
+    assert caplog.text.count("; if it hangs, stop it") > 0
 
 
 def test_who_waits_long_enough_gets_what_the_other_has_built(tmp_path, monkeypatch):

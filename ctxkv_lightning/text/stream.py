@@ -1,11 +1,13 @@
-"""Text from tokens as they come: whole characters only, up to the first stop string."""
+"""Text from tokens as they come: whole characters only, up to the stop string that is complete first."""
 
 import codecs
 from collections.abc import Sequence
 
 
 class TextStream:
-    """The text of one row, piece by piece; together the pieces are the text up to where it stops.
+    """The text of one row, piece by piece; together the pieces are the text up to where it stops, however it is cut.
+
+    That is before the stop string that is complete first; of two that end together, before the longer one.
 
     A token's bytes may end inside a character, and may begin a stop string that a later token ends or does not:
     what is not certain yet is held back. Bytes that are no UTF-8 become U+FFFD.
@@ -22,10 +24,10 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + self._decoder.decode(self.pieces[token])
-        ends = [place for place in (text.find(stop) for stop in self.stops) if place >= 0]
-        if ends:
+        found = [(text.find(stop) + len(stop), -len(stop)) for stop in self.stops if stop in text]
+        if found:
             self.stopped, self._held = True, ""
-            return text[: min(ends)]
+            return text[: sum(min(found))]
         certain = len(text) - self._begun(text)
         self._held = text[certain:]
         return text[:certain]

@@ -66,8 +66,8 @@ class Writer:
     def write(self, prompt: str) -> Iterator[list[str]]:
         """After each token, the new characters of every row (a list of B strings); together they are the texts.
 
-        A row ends before the stop string that is complete first; writing ends when all rows have ended. Raises UserError for a prompt
-        without tokens, before anything is written.
+        A row ends before the stop string that is complete first; writing ends when all rows have ended. Raises
+        UserError for a prompt without tokens, before anything is written.
         """
         ids = self.trained.encode(prompt)
         if not len(ids):

@@ -42,7 +42,7 @@ class Builder:
         except ProcessLookupError:
             return False
         except OSError:
-            return True
+            pass  # it is there, and not ours to ask
         return True
 
 

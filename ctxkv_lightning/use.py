@@ -92,8 +92,9 @@ def _model_of(checkpoint: dict[str, Any], path: Path) -> TiedLM:
         weights = {key.removeprefix(PREFIX): value for key, value in stored if key.startswith(PREFIX)}
         arguments = {name: options[name] for name in inspect.signature(build_model).parameters if name in options}
         recipe = options.get("recipe") or {}
-        if recipe.get("read_current") and "attention.read.weight" not in weights:
-            arguments["recipe"] = {**recipe, "read_current": False}  # models of tokens had the key without its effect
+        of_tokens = options["model"] in ("transformer", "sliding_window")
+        if of_tokens and recipe.get("read_current") and "attention.read.weight" not in weights:
+            arguments["recipe"] = {**recipe, "read_current": False}  # they had the key before it had an effect on them
         model = build_model(options["model"], **arguments)
         model.load_state_dict(weights)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:

@@ -353,20 +353,27 @@ def test_somebody_elses_lock_keeps_nobody_out():
         assert outcome(lambda: whole(built(root, 1), 1).reused, NOBODY) is False
 
 
-def test_who_waits_is_told_for_whom_and_builds_in_the_end(tmp_path, monkeypatch, caplog):
+def being_built(root, seconds, by=lambda: None):
+    """A process that builds the store of value 1 for so long, and has begun; it calls `by` first."""
+
     def slow(folder):
-        time.sleep(2)
+        time.sleep(seconds)
         return build(folder, 1)
 
-    def elsewhere():
-        monkeypatch.setattr(builders, "place", lambda: "0" * 8)
-        get_or_build(tmp_path, "thing", {"value": 1}, slow)
+    def work():
+        by()
+        get_or_build(root, "thing", {"value": 1}, slow)
 
-    monkeypatch.setattr(stores, "WAITS", (0.2, 0.2))
-    child = FORK.Process(target=elsewhere)
+    child = FORK.Process(target=work)
     child.start()
-    while not unfinished(tmp_path):
+    while not unfinished(root):
         time.sleep(0.01)
+    return child
+
+
+def test_who_waits_is_told_for_whom_and_builds_in_the_end(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(stores, "WAITS", (0.2, 0.2))
+    child = being_built(tmp_path, 2, lambda: monkeypatch.setattr(builders, "place", lambda: "0" * 8))
     with caplog.at_level(logging.INFO, "ctxkv_lightning"):
         assert not whole(built(tmp_path, 1), 1).reused
     child.join()
@@ -378,32 +385,18 @@ def test_who_waits_is_told_for_whom_and_builds_in_the_end(tmp_path, monkeypatch,
 
 
 def test_who_builds_here_and_lives_is_waited_for_however_long_it_takes(tmp_path, monkeypatch, caplog):
-    def slow(folder):
-        time.sleep(1.5)
-        return build(folder, 1)
-
     monkeypatch.setattr(stores, "WAITS", (0.1, 0.5))
-    child = FORK.Process(target=lambda: get_or_build(tmp_path, "thing", {"value": 1}, slow))
-    child.start()
-    while not unfinished(tmp_path):
-        time.sleep(0.01)
+    child = being_built(tmp_path, 1.5)
     with caplog.at_level(logging.INFO, "ctxkv_lightning"):
         assert whole(built(tmp_path, 1), 1).reused
     child.join()
     assert "a second time" not in caplog.text
-    assert caplog.text.count("; if it hangs, stop it") > 0
+    assert "; if it hangs, stop it" in caplog.text
 
 
 def test_who_waits_long_enough_gets_what_the_other_has_built(tmp_path, monkeypatch):
-    def slow(folder):
-        time.sleep(0.6)
-        return build(folder, 1)
-
     monkeypatch.setattr(stores, "WAITS", (0.2, 10))
-    child = FORK.Process(target=lambda: get_or_build(tmp_path, "thing", {"value": 1}, slow))
-    child.start()
-    while not unfinished(tmp_path):
-        time.sleep(0.01)
+    child = being_built(tmp_path, 0.6)
     assert whole(built(tmp_path, 1), 1).reused
     child.join()
 

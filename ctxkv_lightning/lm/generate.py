@@ -153,7 +153,8 @@ class Decoder(DecoderState):
         exists = ((back <= position) & (followers >= 0))[:, None, None]
         scores = (asked @ rows[:, None].transpose(-1, -2)).float()
         followers = followers.clamp_min(0)
-        told = (slice(0, 1), state, scores, back, exists, followers, self.model.table)
+        embeddings = pointer.embeddings(followers, self.model.table)
+        told = (slice(0, 1), state, scores, back, exists, followers, embeddings)
         if not self.writing:
             return pointer.weigh(*told)
         filled = exists.sum(dim=-1).transpose(1, 2) / window

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ctxkv_lightning.lm.normalise import normalise
+from ctxkv_lightning.lm.normalise import column_sums, normalise
 
 CHUNK = 2048
 """Rows of logits held at a time; fewer would make the products bound by reading the table."""
@@ -126,7 +126,7 @@ class _MixedCrossEntropy(torch.autograd.Function):
                 logits *= -of_share[rows, None].to(factor.dtype)
                 of_hidden[rows] = (logits @ factor).to(hidden.dtype)
                 if needed[2]:
-                    of_bias += logits[:, :V].sum(dim=0, dtype=torch.float32)
+                    of_bias += column_sums(logits[:, :V])
                 if of_table is not None:
                     of_table += logits[:, :V].T @ own
         ctx.save_for_backward(of_hidden, of_table, of_bias, of_share, of_pointed)

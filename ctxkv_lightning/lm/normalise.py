@@ -49,8 +49,7 @@ def normalise_plainly(logits: Tensor, targets: Tensor, V: int, gradient: bool) -
     log-sum-exp is the largest logit minus the logarithm of the largest probability, which is at least 1/V:
     one exponential a logit serves loss and gradient, and none underflows.
     """
-    rows = max(1, CPU_BLOCK // V) if logits.device.type == "cpu" else len(logits)
-    losses = []
+    losses, rows = [], _rows(logits, V)
     for block, target in zip(logits[:, :V].split(rows), targets[:, None].split(rows), strict=True):
         probabilities = torch.softmax(block, dim=-1, dtype=torch.float32)
         log_sum_exp = block.amax(dim=-1).float() - probabilities.amax(dim=-1).log()
@@ -61,3 +60,14 @@ def normalise_plainly(logits: Tensor, targets: Tensor, V: int, gradient: bool) -
     if gradient:
         logits[:, V:] = 0
     return torch.cat(losses)
+
+
+def column_sums(logits: Tensor) -> Tensor:
+    """Sums (V,), fp32, over the rows of logits (n, V), n at least 1; on a CPU torch would copy all to fp32 first."""
+    blocks = logits.split(_rows(logits, logits.shape[1]))
+    return torch.stack([block.sum(dim=0, dtype=torch.float32) for block in blocks]).sum(dim=0)
+
+
+def _rows(logits: Tensor, V: int) -> int:
+    """Rows to pass over at a time."""
+    return max(1, CPU_BLOCK // V) if logits.device.type == "cpu" else len(logits)

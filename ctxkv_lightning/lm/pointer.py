@@ -68,16 +68,26 @@ class CachePointer(nn.Module):
         T, window = hidden.shape[1], self.window
         query = self._queries(hidden, contexts[:, contexts.shape[1] - T :])
         contexts, tokens, first = self._padded(contexts, tokens, first, T)
+        followers = tokens[:, 1:]
+        embeddings = self.embeddings(followers, table)
         for start in range(0, T, BLOCK):
             rows = slice(start, min(T, start + BLOCK))
             n = rows.stop - rows.start
             column = torch.arange(window + n - 1, device=hidden.device)
             distance = torch.arange(n, device=hidden.device)[:, None] + window - column
             exists = (distance >= 1) & (distance <= window) & (start + column >= first[:, None])[:, None]
-            keys = torch.einsum("bmc,pcd->bpmd", contexts[:, start : start + window + n - 1], self.key)
+            there = slice(start, start + window + n - 1)
+            keys = torch.einsum("bmc,pcd->bpmd", contexts[:, there], self.key)
             scores = (query[:, :, rows] @ keys.transpose(-1, -2)).float()
-            followers = tokens[:, start + 1 : start + window + n]
-            yield self.weigh(rows, hidden[:, rows], scores, distance.clamp_min(1), exists[:, None], followers, table)
+            yield self.weigh(
+                rows,
+                hidden[:, rows],
+                scores,
+                distance.clamp_min(1),
+                exists[:, None],
+                followers[:, there],
+                None if embeddings is None else embeddings[:, there],
+            )
 
     def weigh(
         self,
@@ -87,26 +97,29 @@ class CachePointer(nn.Module):
         distance: Tensor,
         exists: Tensor,
         followers: Tensor,
-        table: Tensor,
+        embeddings: Tensor | None,
         believed: Tensor | float = 1.0,
     ) -> Pointed:
         """What is pointed at from final states (B, n, D), given scores (B, P, n, m) of keys at distances (n, m).
 
+        `exists` (B, 1, n, m) are those keys that there are; `embeddings` (B, m, D) are those of their followers (B, m).
         `believed` is the part, (B, 1, 1) or one for all, of what is pointed at that is read into the states.
         """
         scores = (scores - self.recency[:, None, None] * distance.log()).masked_fill(~exists, NEVER)
-        evidence = scores.logsumexp(dim=-1, keepdim=True)
-        weights = (scores - evidence).exp() * exists
-        hidden = hidden if self.value is None else hidden + believed * self._read(weights, followers, table)
-        trust = torch.where(exists.any(dim=-1).transpose(1, 2), 0.0, NEVER)
+        # Not exp(scores - log-sum-exp): a CPU's exp is eight times as slow where it underflows, as it does for NEVER.
+        weights, largest = scores.softmax(dim=-1), scores.argmax(dim=-1, keepdim=True)
+        evidence = scores.gather(-1, largest) - weights.gather(-1, largest).log()
+        past = exists.any(dim=-1, keepdim=True)  # where there is any, the others' weights have underflown to 0
+        weights = weights * past.to(weights.dtype)
+        if self.value is not None and embeddings is not None:
+            read = weights.to(embeddings.dtype) @ embeddings[:, None]
+            hidden = hidden + believed * self.value(read.transpose(1, 2).flatten(2))
+        trust = torch.where(past[..., 0].transpose(1, 2), 0.0, NEVER)
         return Pointed(rows, evidence[..., 0].transpose(1, 2), trust, weights, followers, hidden)
 
-    def _read(self, weights: Tensor, followers: Tensor, table: Tensor) -> Tensor:
-        """(B, n, D), what the embeddings of the followers add to the final state."""
-        assert self.value is not None
-        embeddings = F.layer_norm(F.embedding(followers, table), table.shape[1:])[:, None]
-        read = weights.to(embeddings.dtype) @ embeddings
-        return self.value(read.transpose(1, 2).flatten(2))
+    def embeddings(self, followers: Tensor, table: Tensor) -> Tensor | None:
+        """What values are made of, (B, m, D), where followers (B, m) are read; `table` is E (V, D)."""
+        return None if self.value is None else F.layer_norm(F.embedding(followers, table), table.shape[1:])
 
     def ask(self, hidden: Tensor, context: Tensor) -> Tensor:
         """What is multiplied with contexts themselves to score them: K_hᵀ q_h (B, P, 1, C)."""

@@ -12,6 +12,7 @@ from ctxkv_lightning.lm import pointer as pointer_module
 from ctxkv_lightning.lm.head import mixed_cross_entropy
 from ctxkv_lightning.lm.model import ContextKVLM
 from ctxkv_lightning.lm.output import Asked, Output
+from ctxkv_lightning.lm.pointer import NEVER, CachePointer
 from ctxkv_lightning.lm.recipe import Recipe
 from ctxkv_lightning.lm.rivals import TransformerLM, build_model
 from ctxkv_lightning.text.ngram import KneserNeyTrigram
@@ -160,6 +161,27 @@ def test_apart_a_target_that_no_other_voice_gives_leaves_finite_gradients():
     total.backward()
     torch.testing.assert_close(total.detach(), 2 * nll.sum())
     assert all(p.grad.isfinite().all() for p in output.parameters() if p.grad is not None)
+
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(1, 4), m=st.integers(1, 6), scale=st.sampled_from([1.0, 40.0, 2000.0]), seed=st.integers(0, 999))
+def test_what_is_pointed_at_and_its_gradient_are_those_of_log_sum_exp(n, m, scale, seed):
+    """Also among equal scores, and for a query without any past."""
+    torch.manual_seed(seed)
+    pointer = CachePointer(D, C, 2, 4, m, values=False)
+    exists, hidden = torch.rand(1, 1, n, m) < 0.6, torch.zeros(1, n, D)
+    fast = (scale * torch.randint(-2, 3, (1, 2, n, m))).float().requires_grad_()
+    slow = fast.detach().double().requires_grad_()
+    pointed = pointer.weigh(slice(0, n), hidden, fast, torch.ones(n, m), exists, torch.zeros(1, m), None)
+    scores = slow.masked_fill(~exists, NEVER)
+    evidence = scores.logsumexp(dim=-1, keepdim=True)
+    weights = (scores - evidence).exp() * exists
+    torch.testing.assert_close(pointed.weights, weights.float())
+    torch.testing.assert_close(pointed.evidence, evidence[..., 0].transpose(1, 2).float())
+    into = torch.randn_like(weights), torch.randn(1, 2, n, 1)
+    ((pointed.weights * into[0]).sum() + (pointed.evidence * into[1][..., 0].transpose(1, 2)).sum()).backward()
+    ((weights * into[0]).sum() + (evidence * into[1]).sum()).backward()
+    torch.testing.assert_close(fast.grad, slow.grad.float())
 
 
 @pytest.mark.parametrize("width", [1, 64])

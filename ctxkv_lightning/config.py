@@ -103,7 +103,8 @@ class Config:
         """The keys, or groups of them, that have no effect here."""
         recipe = self.recipe
         voices = Voices(bool(recipe.pointer_heads), recipe.ngram, recipe.read_current)
-        return unread_keys(self.model.name, voices, self.train.schedule, self.data.source, self.model.layers)
+        found = unread_keys(self.model.name, voices, self.train.schedule, self.data.source, self.model.layers)
+        return found if self.pretrain.lm_epochs else (*found, "pretrain.lm_weight_dropout")
 
     def effective(self) -> "Config":
         """This configuration with whatever its model does not read at the default: equal ones are one experiment."""
@@ -144,9 +145,9 @@ class Config:
         if self.model.name == "cascade" and self.recipe != RecipeConfig():
             found.append("model=cascade takes no recipe: leave recipe.* out, or choose another model")
         if self.pretrain.lm_epochs and self.init_from is not None:
-            found.append("pretrain.lm_epochs has no effect with init_from, which brings its encoder: leave it out")
+            found.append("pretrain.lm_epochs has no effect with init_from, which brings its encoder: set it to 0")
         if self.pretrain.lm_epochs and self.data.source == "mqar":
-            found.append("pretrain.lm_epochs would teach all symbols of data=mqar, not its answers: leave it out")
+            found.append("pretrain.lm_epochs would teach all symbols of data=mqar, not its answers: set it to 0")
         return [*found, *self._range_problems(), *self._embedding_problems(), *self._mqar_problems()]
 
     def _range_problems(self) -> list[str]:

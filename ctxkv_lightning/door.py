@@ -107,8 +107,9 @@ def identity(config: Config) -> str:
     for later in ("apart", "read_current"):
         if not settings["recipe"][later]:
             del settings["recipe"][later]
-    if not settings["pretrain"]["lm_epochs"]:
-        del settings["pretrain"]["lm_epochs"]
+    for later in ("lm_epochs", "lm_weight_dropout"):
+        if not settings["pretrain"][later]:
+            del settings["pretrain"][later]
     for later, plain in (("layers", 1), ("local_window", None)):
         if settings["model"][later] == plain:
             del settings["model"][later]

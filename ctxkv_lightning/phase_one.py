@@ -34,6 +34,7 @@ def pretrain(
     """Phase 1 on one of `parts` equal parts of the training text: the trained encoder's store, its summary as facts."""
     options = asdict(config.pretrain)
     lm_epochs = options.pop("lm_epochs")
+    del options["lm_weight_dropout"]
     # Its own: resumed with an empty cache, a run builds other parts again than the one it was interrupted in.
     phase = "pretrain" if parts == 1 else f"pretrain-{part + 1}"
     start, stop = (data.train_tokens * edge // parts for edge in (part, part + 1))
@@ -100,20 +101,21 @@ def pretrain_as_lm(
         raise UserError("pretrain.lm_epochs needs at least 2 tokens for each encoder: add text or leave it out")
     rows = {"rows": RowLoader.ROWS, "steps": RowLoader.STEPS}
     of = {"oacd": oacd.content, "of": oacd.manifest["key"]}
-    key = {**of, "lm_epochs": epochs, "recipe": RECIPE, "tolerance": tolerance, **rows}
+    recipe = {**RECIPE, "weight_dropout": config.pretrain.lm_weight_dropout}
+    key = {**of, "lm_epochs": epochs, "recipe": recipe, "tolerance": tolerance, **rows}
 
     def build(folder: Path) -> dict[str, Any]:
         L.seed_everything(config.seed, verbose=False)
         table = data.normalised_table
         counts = torch.bincount(ids, minlength=len(table)).float()
-        module = RecurrentLMModule(load_encoder(oacd), table, counts)
+        module = RecurrentLMModule(load_encoder(oacd), table, counts, **recipe)
         fit(
             module, config, run, data, phase, [stages],
             between="steps",
             steps=len(data.train_dataloader()),
             precision=resolve_precision(config.trainer.precision, config.trainer.accelerator),
             max_epochs=epochs,
-            gradient_clip_val=RECIPE["clip_norm"],
+            gradient_clip_val=recipe["clip_norm"],
         )  # fmt: skip
         save_encoder(module.encoder, folder)
         learnt = module.summary(ids, tolerance)

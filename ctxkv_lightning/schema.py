@@ -89,6 +89,8 @@ class PretrainConfig:
     """Above this rate, two iterations in a row that gain less than a point stop it too."""
     lm_epochs: int = number(0, at_least=0)
     """Epochs in which the encoder learns to predict the next token after that, as a recurrent language model."""
+    lm_weight_dropout: float = number(0.0, at_least=0, below=1)
+    """Share of the encoder's weights on its last context that are left out of each batch meanwhile."""
 
 
 @dataclass

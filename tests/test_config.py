@@ -15,6 +15,7 @@ tokenizer.source tokenizer.vocab_size tokenizer.name
 embedding.source embedding.file embedding.dim embedding.window
 pretrain.max_iterations pretrain.lr pretrain.clip_norm pretrain.batch_tokens pretrain.noise pretrain.centroid_weight
 pretrain.move_threshold pretrain.target_rate pretrain.plateau_rate pretrain.lm_epochs
+pretrain.lm_weight_dropout
 contexts.tolerance contexts.dtype
 model.name model.window_tokens model.dropout model.ffn_dim model.layers model.local_window
 recipe.norm recipe.train_embedding recipe.embedding_dropout recipe.context_dropout recipe.output_dropout
@@ -94,7 +95,7 @@ def test_there_are_at_most_twenty_configuration_files():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("pretrain.lm_epochs=1 init_from=a", "which brings its encoder: leave it out"),
+        ("pretrain.lm_epochs=1 init_from=a", "which brings its encoder: set it to 0"),
         ("pretrain.lm_epochs=1 data=mqar", "would teach all symbols of data=mqar"),
         ("intervl=50", r"no key 'intervl': did you mean interval\?"),
         ("+intervl=50", r"did you mean interval\?"),
@@ -241,6 +242,8 @@ def test_bytes_kept_decide_the_sliding_window():
         ("model=context_kv cache_dir=a", "model=context_kv embeddings=tokens", True),
         ("model=context_kv", "selection=grid", False),
         ("model=transformer heads=4", "model=transformer", False),
+        ("pretrain.lm_weight_dropout=0.5", "", True),
+        ("pretrain.lm_epochs=1 pretrain.lm_weight_dropout=0.5", "pretrain.lm_epochs=1", False),
         ("seed=1", "seed=2", False),
     ],
 )

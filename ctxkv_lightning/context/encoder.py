@@ -36,9 +36,17 @@ class ContextEncoder(nn.Module):
         """Token half of the step: W_e e + b, (..., D) -> (..., C)."""
         return F.linear(embedding, self.linear.weight[:, self.context_dim :], self.linear.bias)
 
-    def advance(self, context: Tensor, drive: Tensor) -> Tensor:
-        """Next context (..., C) from the previous one and the token half, both (..., C)."""
-        hidden = F.linear(context, self.linear.weight[:, : self.context_dim]) + drive
+    @property
+    def recurrent_weight(self) -> Tensor:
+        """W_c (C, C)."""
+        return self.linear.weight[:, : self.context_dim]
+
+    def advance(self, context: Tensor, drive: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Next context (..., C) from the previous one and the token half, both (..., C).
+
+        `weight` (C, C) stands for W_c, of which training may leave something out.
+        """
+        hidden = F.linear(context, self.recurrent_weight if weight is None else weight) + drive
         return self.norm(context + F.gelu(hidden))
 
     def initial(self, *leading: int) -> Tensor:

@@ -4,8 +4,10 @@
 
 by truncated back-propagation through time (Williams & Peng, 1990): the training stream lies in rows side by side,
 which are read a few tokens at a time; contexts are carried on, their gradient is not. E are the normalised embeddings,
-frozen; W, b and b' are thrown away in the end. What stays is the encoder: its contexts still depend on nothing but the
-tokens before them, so they are solved exactly and stored once, as those of an encoder that OACD alone has trained.
+frozen; W, b and b' are thrown away in the end. Of the weights W_c on the last context, some are left out at random, the
+same ones throughout a batch (the weight-dropped recurrence of Merity, Keskar & Socher, 2018). What stays is the whole
+encoder: its contexts still depend on nothing but the tokens before them, so they are solved exactly and stored once, as
+those of an encoder that OACD alone has trained.
 """
 
 import logging
@@ -33,6 +35,7 @@ RECIPE = {
     "lr": 0.002,
     "weight_decay": 0.1,
     "dropout": 0.3,
+    "weight_dropout": 0.0,
     "warmup_steps": 20,
     "last_rate": 0.02,
     "clip_norm": 1.0,
@@ -88,10 +91,11 @@ class RecurrentLMModule(L.LightningModule):
     def losses(self, batch: Any, state: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (B·n,) in nats, row by row, and the last contexts (B, C), from the contexts (B, C) before."""
         dropout, contexts = self.recipe["dropout"], []
+        weight = F.dropout(self.encoder.recurrent_weight, self.recipe["weight_dropout"], self.training)
         with torch.autocast(self.device.type, enabled=False):  # a recurrence would add up what bf16 rounds off
             drives = self.encoder.drive(F.dropout(self.table[batch.tokens], dropout, self.training))
             for drive in drives.unbind(1):
-                state = self.encoder.advance(state, drive)
+                state = self.encoder.advance(state, drive, weight)
                 contexts.append(state)
         hidden = F.dropout(torch.stack(contexts, dim=1), dropout, self.training).flatten(0, 1)
         parts = zip(hidden.split(LOGITS_AT_A_TIME), batch.targets.flatten().split(LOGITS_AT_A_TIME), strict=True)

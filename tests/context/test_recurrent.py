@@ -31,7 +31,8 @@ V, D, C = 13, 6, 4
 def module(seed=0, C=C, D=D, **options):
     torch.manual_seed(seed)
     counts = torch.arange(V).float()
-    return RecurrentLMModule(ContextEncoder(C, D), normalised(V, D), counts, **{"dropout": 0.0, **options})
+    recipe = {"dropout": 0.0, "weight_dropout": 0.0, **options}
+    return RecurrentLMModule(ContextEncoder(C, D), normalised(V, D), counts, **recipe)
 
 
 @settings(deadline=None, max_examples=30)
@@ -49,6 +50,25 @@ def test_losses_and_gradients_are_those_of_the_loop(B, n, at_a_time, seed):
     torch.testing.assert_close(last, end)
     for one, other in zip(found, torch.autograd.grad(expected.mean(), list(lm.parameters())), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_part_of_the_recurrent_weights_is_left_out_of_a_whole_batch_and_put_back():
+    lm = module(weight_dropout=0.5).double()
+    tokens, targets = torch.randint(V, (2, 3, 6))
+    state, kept = torch.randn(3, C, dtype=torch.float64), lm.encoder.recurrent_weight.clone()
+    torch.manual_seed(7)
+    losses, _ = lm.losses(Rows(tokens, targets), state)
+    torch.manual_seed(7)
+    left = torch.nn.functional.dropout(kept, 0.5)
+    assert 0 < (left == 0).sum() < left.numel()
+    assert torch.equal(lm.encoder.recurrent_weight, kept)
+    parts = lm.projection, lm.bias, lm.table, tokens, targets, state
+    with torch.no_grad():
+        lm.encoder.recurrent_weight.copy_(left)
+        torch.testing.assert_close(losses, recurrent_lm_losses(lm.encoder, *parts)[0])
+        lm.encoder.recurrent_weight.copy_(kept)
+        whole = lm.eval().losses(Rows(tokens, targets), state)[0]
+        torch.testing.assert_close(whole, recurrent_lm_losses(lm.encoder, *parts)[0])
 
 
 @settings(deadline=None, max_examples=60)
@@ -144,16 +164,20 @@ def test_a_run_trains_stores_and_reports_it(tmp_path, monkeypatch, model):
     pipeline.run_experiment(config, tmp_path / "plain")
     monkeypatch.setattr(phase_one, "OACDPretrainModule", lambda *_: pytest.fail("OACD ran again"))
     pipeline.run_experiment(asked, tmp_path / "run")
+    left_out = replace(asked, pretrain=replace(asked.pretrain, lm_weight_dropout=0.5))
+    pipeline.run_experiment(left_out, tmp_path / "left-out")
     monkeypatch.setattr(phase_one, "RecurrentLMModule", lambda *_: pytest.fail("the encoder was trained again"))
     pipeline.run_experiment(asked, tmp_path / "again")
-    plain, run, again = (
-        read(tmp_path / name / "checkpoints" / "best.ckpt")["state_dict"] for name in ("plain", "run", "again")
+    plain, run, left_out, again = (
+        read(tmp_path / name / "checkpoints" / "best.ckpt")["state_dict"]
+        for name in ("plain", "run", "left-out", "again")
     )
     encoders = [name for name in plain if ".encoder." in name or ".blocks." in name]
     assert encoders
     for name in encoders:
         assert torch.equal(run[name], again[name])
         assert not torch.equal(run[name], plain[name])
+        assert not torch.equal(run[name], left_out[name])
     before, after = (read_metrics(tmp_path / name)["pretrain"] for name in ("plain", "run"))
     each = zip(before.get("encoders", [before]), after.get("encoders", [after]), strict=True)
     for plain, learnt in each:

@@ -66,9 +66,10 @@ results: $(STAMP) ## Train every model and sweep, hours on two cores; what is fi
 	$(BIN)/python -m benchmarks.findings outputs/results
 
 BEST := $(BIN)/python train.py -m experiment=best
+TAUGHT := pretrain.lm_epochs=8 pretrain.lm_weight_dropout=0.5
 OUT := hydra.sweep.dir=outputs/results
 
-results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it alone, three hours on two cores; RESULTS.md is made anew
+results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it alone, five hours on two cores; RESULTS.md is made anew
 	$(BEST) seed=42,1,2 $(OUT)/best
 	$(BEST) seed=42,1,2 recipe.read_current=false model=sliding_window,transformer $(OUT)/best-rivals
 	$(BEST) seed=42,1,2 model=recurrence recipe.pointer_window=602 $(OUT)/best-rivals
@@ -94,8 +95,17 @@ results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it
 	$(BEST) train.schedule=constant train.warmup_steps=0 $(OUT)/without-schedule
 	$(BEST) pretrain.max_iterations=1 $(OUT)/without-phase-one
 	$(BEST) seed=42,1,2 pretrain.lm_epochs=4 $(OUT)/best-taught
-	$(BEST) seed=42,1,2 recipe.read_current=false,true pretrain.lm_epochs=4 model=sliding_window model.window_tokens=9 recipe.pointer_window=500 $(OUT)/best-taught
-	$(BEST) pretrain.lm_epochs=4 interval=1 max_contexts=1 $(OUT)/taught-levers
+	$(BEST) $(TAUGHT) seed=42,1,2 model=context_kv,sliding_window,transformer $(OUT)/best-taught
+	$(BEST) $(TAUGHT) seed=42,1,2 model=recurrence recipe.pointer_window=602 $(OUT)/best-taught
+	$(BEST) $(TAUGHT) seed=42,1,2 model=sliding_window model.window_tokens=25 recipe.pointer_window=310 $(OUT)/best-taught
+	$(BEST) $(TAUGHT) seed=42,1,2 model=sliding_window model.window_tokens=9 recipe.pointer_window=500 $(OUT)/best-taught
+	$(BEST) $(TAUGHT) seed=42,1,2 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/taught-levers
+	$(BEST) $(TAUGHT) seed=42,1,2 recipe.ngram=false $(OUT)/taught-levers
+	$(BEST) $(TAUGHT) recipe.context_dropout=0 $(OUT)/taught-levers
+	$(BEST) $(TAUGHT) model.local_window=null $(OUT)/taught-levers
+	$(BEST) $(TAUGHT) interval=1 max_contexts=1 $(OUT)/taught-levers
+	$(BEST) $(TAUGHT) interval=20 $(OUT)/taught-levers
+	$(BEST) $(TAUGHT) selection=grid $(OUT)/taught-levers
 	$(BEST) samples=500 seed=42,1,2 $(OUT)/best-500
 	$(BEST) samples=500 seed=42,1,2 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/without-pointer-500
 	$(BIN)/python -m benchmarks.findings outputs/results

@@ -1,8 +1,23 @@
 """The part of RESULTS.md about `experiment=best`: models with the same extras, every lever alone, and what they say."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from benchmarks.recipe_runs import RIVALS, Key, Published, Run, groups, lever_rows, mean, of, spread
+from benchmarks.recipe_runs import (
+    LEVERS,
+    RIVALS,
+    TAUGHT,
+    TAUGHT_MODELS,
+    Key,
+    Published,
+    Run,
+    first_seed,
+    groups,
+    lever_rows,
+    mean,
+    of,
+    spread,
+)
 from benchmarks.recipe_sentences import on_chats, sentences
 
 
@@ -14,7 +29,9 @@ def section(runs: Sequence[Run], published: Published, patient: Published) -> li
     found = groups(runs)
     if not of(found):
         return []
-    parts = ["## The recipe: `experiment=best`", INTRODUCTION, model_table(found)]
+    parts = ["## The recipe: `experiment=best`", INTRODUCTION, model_table(found, {"context_kv": {}, **RIVALS})]
+    if of(found, **TAUGHT):
+        parts += ["### With an encoder that was also taught to predict", TAUGHT_ARE, model_table(found, TAUGHT_MODELS)]
     if lever_rows(found):
         parts += ["### Every lever alone, seed 42", LEVERS_ARE, lever_table(found)]
     parts += ["### What the recipe says", numbered([*sentences(found, published, patient), *on_chats(runs)])]
@@ -28,22 +45,30 @@ INTRODUCTION = (
     "further, which favours `context_kv`. Its first layer reads contexts, the others what the layer before them made "
     "of the last eight tokens; all layers of a rival are of its own kind, and each that attends to tokens keeps keys "
     "and values of its own. One extra is not shared: `context_kv` reads the current context beside its attention, "
-    "which `recurrence` does in place of one; of the models that attend to tokens, those do whose name says it. Made "
-    "by `make results-best`; "
-    "[side by side](docs/results/best/report.md)."
+    "which `recurrence` does in place of one, and models that attend to tokens do in the next table alone. Made by "
+    "`make results-best`; [side by side](docs/results/best/report.md)."
 )
-LEVERS_ARE = "What the validation PPL becomes when one thing is done to the recipe, and nothing but what the row says."
+TAUGHT_ARE = (
+    f"`{' '.join(f'{key}={value}' for key, value in TAUGHT.items())}`, no part of the recipe yet, chosen on the "
+    "validation set with `context_kv`: the same encoder for every model, whose pointer points at its contexts, and "
+    "every model reads the current one directly. No extra is left that a rival does not have."
+)
+LEVERS_ARE = (
+    "What the validation PPL becomes when one thing is done to the recipe, and nothing but what the row says; the last "
+    "two columns are of the same with a taught encoder, as in the table above, where that was run."
+)
 
 
-def model_table(found: dict[Key, list[Run]]) -> str:
+def model_table(found: dict[Key, list[Run]], models: dict[str, dict[str, Any]]) -> str:
     """A row per model and number of samples."""
     rows = []
     for samples in ("100", "500"):
         more = {} if samples == "100" else {"samples": samples}
-        for model, changed in {"context_kv": {}, **RIVALS}.items():
+        footing = None
+        for model, changed in models.items():
             if chosen := of(found, **more, **changed):
                 rows.append((mean(chosen), [samples, model, *cells(chosen)]))
-        footing = next((run["footing"] for key, each in found.items() if dict(key) == more for run in each), None)
+                footing = chosen[0]["footing"]
         if footing:
             for name, label in (
                 ("kneser_ney", "Kneser-Ney trigram"),
@@ -70,12 +95,21 @@ def cells(runs: Sequence[Run]) -> list[str]:
 
 def lever_table(found: dict[Key, list[Run]]) -> str:
     """A row for each lever that was taken out, the recipe itself last."""
-    own = [run for run in of(found) if run["config"]["seed"] == 42] or of(found)[:1]
+    own, taught = first_seed(found) or of(found)[:1], first_seed(found, **TAUGHT)
     base, rows = mean(own), []
     for ppl, name, runs in lever_rows(found):
-        rows.append([name, f"{ppl:.1f}", f"{ppl / base:.3f} ×", *sizes(runs[0])])
-    rows.append(["the recipe", f"{base:.1f}", "1", *sizes(own[0])])
-    return markdown(["", "val. PPL", "against the recipe", "bytes kept", "trained parameters"], rows, left=1)
+        also = first_seed(found, **{**TAUGHT, **LEVERS[name]}) if LEVERS[name] is not TAUGHT else []
+        rows.append([name, f"{ppl:.1f}", f"{ppl / base:.3f} ×", *sizes(runs[0]), *against(also, taught)])
+    rows.append(["the recipe", f"{base:.1f}", "1", *sizes(own[0]), *against(taught, taught)])
+    head = ["", "val. PPL", "against the recipe", "bytes kept", "trained parameters", "taught", "against the taught"]
+    return markdown(head, rows, left=1)
+
+
+def against(runs: Sequence[Run], base: Sequence[Run]) -> list[str]:
+    """The validation PPL of runs, and its ratio to that of others; blank where there are none."""
+    if not runs or not base:
+        return ["", ""]
+    return [f"{mean(runs):.1f}", "1" if runs is base else f"{mean(runs) / mean(base):.3f} ×"]
 
 
 def sizes(run: Run) -> list[str]:

@@ -11,9 +11,12 @@ from benchmarks.recipe_runs import (
     NO_CONTEXTS,
     RIVALS,
     TAUGHT,
+    TAUGHT_BRIEFLY,
+    TAUGHT_MODELS,
     Key,
     Published,
     Run,
+    first_seed,
     has_recipe,
     lever_rows,
     mean,
@@ -137,32 +140,31 @@ def without_pointer(found: dict[Key, list[Run]]) -> list[str]:
     return said
 
 
+RIVALS_ARE = (
+    (
+        "transformer",
+        1.05,
+        f"attention over all tokens, its state growing with the text; PPL is measured with {IN_REACH} in reach",
+    ),
+    ("sliding_window", None, "keys and values of the last tokens, twice the bytes with the pointer's contexts"),
+    ("sliding_window, half for its pointer", 0.97, "25 tokens in each layer and a pointer over 310 contexts"),
+    ("sliding_window, most for its pointer", 0.97, "9 tokens in each layer and a pointer over 500 contexts"),
+    ("recurrence", 0.97, "the current context alone in each layer, and a pointer over 602 contexts"),
+)
+"""Each rival, at most how many times its PPL was asked for, if it keeps no more bytes or is full attention, and what it
+is."""
+
+
 def against_rivals(found: dict[Key, list[Run]]) -> list[str]:
     """A sentence for each rival with the same extras."""
-    said = []
-    for name, bound, words in (
-        (
-            "transformer",
-            1.05,
-            f"attention over all tokens, its state growing with the text; PPL is measured with {IN_REACH} in reach",
-        ),
-        ("sliding_window", 0.97, "keys and values of the last tokens, twice the bytes with the pointer's contexts"),
-        ("sliding_window, half for its pointer", 0.97, "25 tokens in each layer and a pointer over 310 contexts"),
-        ("sliding_window, most for its pointer", 0.97, "9 tokens in each layer and a pointer over 500 contexts"),
-        ("recurrence", 0.97, "the current context alone in each layer, and a pointer over 602 contexts"),
-    ):
-        if rival := of(found, **RIVALS[name]):
-            said.append(against(of(found), rival, name, bound, words))
-    return said
+    each = [(of(found, **RIVALS[name]), name, bound, words) for name, bound, words in RIVALS_ARE]
+    return [against(of(found), rival, *rest) for rival, *rest in each if rival]
 
 
 def worth_of_layers(found: dict[Key, list[Run]]) -> list[str]:
     """What the local layers add, and what attention to contexts adds beside them."""
-    alone, contexts, bare = (
-        [run for run in of(found, **LEVERS[name]) if run["config"]["seed"] == 42]
-        for name in (FIRST_LAYER, CONTEXT_LAYERS, NO_CONTEXTS)
-    )
-    own = [run for run in of(found) if run["config"]["seed"] == 42]
+    alone, contexts, bare = (first_seed(found, **LEVERS[name]) for name in (FIRST_LAYER, CONTEXT_LAYERS, NO_CONTEXTS))
+    own = first_seed(found)
     if not (alone and contexts and bare and own):
         return []
     base = mean(own)
@@ -183,9 +185,9 @@ def worth_of_levers(found: dict[Key, list[Run]]) -> list[str]:
     best, said = of(found), []
     rows = lever_rows(found)
     if rows:
-        base = mean([run for run in best if run["config"]["seed"] == 42] or best)
+        base = mean(first_seed(found) or best)
         worth = ", ".join(f"{name} ({ppl / base:.2f} ×)" for ppl, name, _ in rows[:3])
-        idle = [name for ppl, name, _ in rows if ppl < 1.01 * base and LEVERS[name] is not TAUGHT]
+        idle = [name for ppl, name, _ in rows if ppl < 1.01 * base and "pretrain.lm_epochs" not in LEVERS[name]]
         said.append(f"What harms the recipe most, of the changes in the table, is to train it {worth}; one seed each.")
         if idle:
             said.append(f"To train it {', or '.join(idle)} costs less than 1 % or helps (one seed).")
@@ -193,33 +195,31 @@ def worth_of_levers(found: dict[Key, list[Run]]) -> list[str]:
 
 
 def with_a_taught_encoder(found: dict[Key, list[Run]], published: Published) -> list[str]:
-    """What contexts of an encoder that was taught to predict are worth, to the recipe and to rivals with a pointer."""
-    taught, epochs = of(found, **TAUGHT), TAUGHT["pretrain.lm_epochs"]
+    """What contexts of an encoder that was taught to predict are worth, to the recipe and beside rivals with them."""
+    taught, briefly, theirs = of(found, **TAUGHT), of(found, **TAUGHT_BRIEFLY), published.get(100, [])
     if not taught:
         return []
-    test, theirs = mean(taught, "test_ppl"), published.get(100, [])
+    test = mean(taught, "test_ppl")
     against_theirs = f", {test / mean(theirs, 'test_ppl'):.3f} × the published one's" if theirs else ""
+    for_less = (
+        f"; half as long and by all of its weights, at {spread(briefly, 'test_ppl')} ({seeds(briefly)})"
+        if briefly
+        else ""
+    )
     said = [
-        "With contexts of an encoder that was also taught to predict "
-        f"(`pretrain.lm_epochs={epochs}`, no part of the recipe yet), it is at a test PPL of "
-        f"{spread(taught, 'test_ppl')} ({seeds(taught)}), {test / mean(of(found), 'test_ppl'):.3f} × that without"
-        f"{against_theirs}."
+        f"With contexts of an encoder that was also taught to predict for {TAUGHT['pretrain.lm_epochs']} epochs, half "
+        "of its recurrent weights left out of each batch (weight dropping, Merity, Keskar & Socher, 2018), it is at a "
+        f"test PPL of {spread(taught, 'test_ppl')} ({seeds(taught)}), {test / mean(of(found), 'test_ppl'):.3f} × that "
+        f"without{against_theirs}{for_less}."
     ]
-    if alone := [run for run in of(found, **TAUGHT, **LEVERS[NO_CONTEXTS]) if run["config"]["seed"] == 42]:
-        same = [run for run in taught if run["config"]["seed"] == 42]
+    alone, same = first_seed(found, **TAUGHT, **LEVERS[NO_CONTEXTS]), first_seed(found, **TAUGHT)
+    if alone and same:
         said.append(
             f"To such contexts attention is {'worth something' if mean(alone) > 1.01 * mean(same) else 'worth nothing'}"
             f": with the current one alone in reach, validation PPL is {mean(alone) / mean(same):.3f} × (one seed)."
         )
-    for name, changed in RIVALS.items():
-        if rival := of(found, **changed, **TAUGHT):
-            bound = 1.05 if name == "transformer" else 0.97
-            ratio = test / mean(rival, "test_ppl")
-            said.append(
-                f"`{name}`, whose pointer then reads such contexts too, is at {spread(rival, 'test_ppl')} "
-                f"({seeds(rival)}): the recipe is at {ratio:.3f} × that ({verdict(ratio, bound)})."
-            )
-    return said
+    each = [(of(found, **TAUGHT_MODELS[name]), f"{name}, taught", bound, words) for name, bound, words in RIVALS_ARE]
+    return [*said, *(against(taught, rival, *rest) for rival, *rest in each if rival)]
 
 
 def time_and_text(found: dict[Key, list[Run]], published: Published) -> list[str]:
@@ -274,12 +274,13 @@ def best_of_all(found: dict[Key, list[Run]]) -> list[str]:
     ]
 
 
-def against(best: list[Run], rival: list[Run], name: str, bound: float, words: str) -> str:
-    """How the recipe does against a rival with the same extras, of which at most `bound` × was asked for."""
+def against(best: list[Run], rival: list[Run], name: str, bound: float | None, words: str) -> str:
+    """How the recipe does against a rival with the same extras; at most `bound` × was asked for, if anything was."""
     ratio = mean(best, "test_ppl") / mean(rival, "test_ppl")
     kept, theirs = (runs[0]["decode_state"]["bytes"]["10000"] for runs in (best, rival))
     but = "" if rival[0]["config"]["recipe"]["read_current"] else " but the direct read"
     return (
         f"Against `{name}` with the same extras{but} ({words}; {theirs:,} bytes kept against {kept:,}), test PPL is "
-        f"{ratio:.3f} × ({spread(best, 'test_ppl')} against {spread(rival, 'test_ppl')}; {verdict(ratio, bound)})."
+        f"{ratio:.3f} × ({spread(best, 'test_ppl')} against {spread(rival, 'test_ppl')}"
+        f"{'' if bound is None else f'; {verdict(ratio, bound)}'})."
     )

@@ -186,17 +186,40 @@ def test_conversations_have_a_sentence_and_are_in_no_table(runs):
     assert recipe_sentences.on_chats([*runs, *chats, other]) == [said]  # of the recipe as it is, not as it was
 
 
-def test_what_a_taught_encoder_is_worth_is_said_beside_the_rivals_that_point_at_its_contexts(runs):
+TAUGHT = ("pretrain.lm_epochs=8", "pretrain.lm_weight_dropout=0.5")
+
+
+def test_what_a_taught_encoder_is_worth_is_said_beside_the_rivals_that_have_it(runs):
     def said(*more):
         return recipe_sentences.with_a_taught_encoder(recipe_runs.groups([*runs, *more]), published(runs[0]))
 
     assert said() == []
-    (alone,) = said(made(45.0, "pretrain.lm_epochs=4"))
-    assert "test PPL of 90.0 (one seed), 0.900 × that without, 0.225 × the published one's" in alone
-    rival = made(50.0, "pretrain.lm_epochs=4", "model=recurrence", "recipe.pointer_window=602")
-    _, against = said(made(45.0, "pretrain.lm_epochs=4"), rival)
-    assert "at 100.0 (one seed): the recipe is at 0.900 × that (at most 0.97 was asked for)" in against
-    assert "missed" in said(made(49.0, "pretrain.lm_epochs=4"), rival)[1]
+    ours, less = made(45.0, *TAUGHT), made(47.0, "pretrain.lm_epochs=4")
+    (alone,) = said(ours)
+    assert "test PPL of 90.0 (one seed), 0.900 × that without, 0.225 × the published one's." in alone
+    assert "half as long and by all of its weights, at 94.0 (one seed)" in said(ours, less)[0]
+    rival = made(50.0, *TAUGHT, "model=recurrence", "recipe.pointer_window=602")
+    _, against = said(ours, rival)
+    assert "`recurrence, taught` with the same extras (the current" in against
+    assert "0.900 × (90.0 against 100.0; at most 0.97 was asked for)" in against
+    assert "missed" in said(made(49.0, *TAUGHT), rival)[1]
+    _, larger = said(ours, made(40.0, *TAUGHT, "model=sliding_window"))
+    assert "1.125 × (90.0 against 80.0)." in larger  # nothing was asked for of a rival that keeps twice the bytes
     for ppl, worth in ((45.1, "worth nothing"), (50.0, "worth something")):
-        bare = made(ppl, "pretrain.lm_epochs=4", "interval=1", "max_contexts=1")
-        assert worth in said(made(45.0, "pretrain.lm_epochs=4"), bare)[1]
+        bare = made(ppl, *TAUGHT, "interval=1", "max_contexts=1")
+        assert worth in said(ours, bare)[1]
+
+
+def test_a_taught_encoder_has_a_table_of_models_and_columns_among_the_levers(runs):
+    without = recipe.section(runs, published(runs[0]), {})
+    assert not any("also taught to predict" in part for part in without)
+    more = [made(30.0, *TAUGHT), made(33.0, *TAUGHT, "interval=20"), made(36.0, *TAUGHT, "model=transformer")]
+    parts = recipe.section([*runs, *more], published(runs[0]), {})
+    models = parts[parts.index("### With an encoder that was also taught to predict") + 2]
+    assert [line.split("|")[2].strip() for line in models.splitlines()[2:4]] == ["context_kv", "transformer"]
+    levers = parts[parts.index("### Every lever alone, seed 42") + 2].splitlines()
+    (one,) = [line for line in levers if line.startswith("| with one interval of 20 ")]
+    assert one.endswith("| 33.0 | 1.100 × |")
+    assert levers[-1].endswith("| 30.0 | 1 |")
+    (bare,) = [line for line in levers if line.startswith("| without counting ")]
+    assert bare.endswith("|  |  |")

@@ -99,11 +99,16 @@ results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it
 	$(BEST) $(TAUGHT) seed=42,1,2 model=recurrence recipe.pointer_window=602 $(OUT)/best-taught
 	$(BEST) $(TAUGHT) seed=42,1,2 model=sliding_window model.window_tokens=25 recipe.pointer_window=310 $(OUT)/best-taught
 	$(BEST) $(TAUGHT) seed=42,1,2 model=sliding_window model.window_tokens=9 recipe.pointer_window=500 $(OUT)/best-taught
-	$(BEST) $(TAUGHT) seed=42,1,2 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/taught-levers
-	$(BEST) $(TAUGHT) seed=42,1,2 recipe.ngram=false $(OUT)/taught-levers
+	$(BEST) $(TAUGHT) seed=42,1 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/taught-levers
+	$(BEST) $(TAUGHT) recipe.ngram=false $(OUT)/taught-levers
 	$(BEST) $(TAUGHT) recipe.context_dropout=0 $(OUT)/taught-levers
 	$(BEST) $(TAUGHT) model.local_window=null $(OUT)/taught-levers
-	$(BEST) $(TAUGHT) interval=1 max_contexts=1 $(OUT)/taught-levers
+	$(BEST) $(TAUGHT) seed=42,1,2 interval=1 max_contexts=1 $(OUT)/taught-levers
+	$(BEST) $(TAUGHT) recipe.pointer_heads=0 recipe.pointer_values=false recipe.ngram=false $(OUT)/taught-levers
+	$(BEST) $(TAUGHT) recipe.pointer_values=false $(OUT)/taught-levers
+	$(BEST) $(TAUGHT) recipe.read_current=false $(OUT)/taught-levers
+	$(BEST) $(TAUGHT) recipe.apart=false $(OUT)/taught-levers
+	$(BEST) $(TAUGHT) model.layers=1 $(OUT)/taught-levers
 	$(BEST) $(TAUGHT) interval=20 $(OUT)/taught-levers
 	$(BEST) $(TAUGHT) selection=grid $(OUT)/taught-levers
 	$(BEST) samples=500 seed=42,1,2 $(OUT)/best-500

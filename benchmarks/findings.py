@@ -160,6 +160,7 @@ def published(runs: Sequence[Run]) -> list[Run]:
         and run["config"]["data"]["source"] == "pydocs"
         and {**plain, **run["config"].get("recipe", {}), "read_current": False} == plain
         and run["config"]["pretrain"].get("lm_epochs", 0) in (0, LM_EPOCHS)
+        and not run["config"]["pretrain"].get("lm_weight_dropout")
         and run["config"]["train"].get("schedule", "constant") == "constant"
     ]
 

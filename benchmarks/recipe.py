@@ -98,7 +98,7 @@ def lever_table(found: dict[Key, list[Run]]) -> str:
     own, taught = first_seed(found) or of(found)[:1], first_seed(found, **TAUGHT)
     base, rows = mean(own), []
     for ppl, name, runs in lever_rows(found):
-        also = first_seed(found, **{**TAUGHT, **LEVERS[name]}) if LEVERS[name] is not TAUGHT else []
+        also = first_seed(found, **{**TAUGHT, **LEVERS[name]}) if "pretrain.lm_epochs" not in LEVERS[name] else []
         rows.append([name, f"{ppl:.1f}", f"{ppl / base:.3f} ×", *sizes(runs[0]), *against(also, taught)])
     rows.append(["the recipe", f"{base:.1f}", "1", *sizes(own[0]), *against(taught, taught)])
     head = ["", "val. PPL", "against the recipe", "bytes kept", "trained parameters", "taught", "against the taught"]

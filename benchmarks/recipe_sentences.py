@@ -146,13 +146,12 @@ RIVALS_ARE = (
         1.05,
         f"attention over all tokens, its state growing with the text; PPL is measured with {IN_REACH} in reach",
     ),
-    ("sliding_window", None, "keys and values of the last tokens, twice the bytes with the pointer's contexts"),
+    ("sliding_window", 0.97, "keys and values of the last tokens, twice the bytes with the pointer's contexts"),
     ("sliding_window, half for its pointer", 0.97, "25 tokens in each layer and a pointer over 310 contexts"),
     ("sliding_window, most for its pointer", 0.97, "9 tokens in each layer and a pointer over 500 contexts"),
     ("recurrence", 0.97, "the current context alone in each layer, and a pointer over 602 contexts"),
 )
-"""Each rival, at most how many times its PPL was asked for, if it keeps no more bytes or is full attention, and what it
-is."""
+"""Each rival, at most how many times its PPL was asked for, and what it is."""
 
 
 def against_rivals(found: dict[Key, list[Run]]) -> list[str]:
@@ -212,11 +211,14 @@ def with_a_taught_encoder(found: dict[Key, list[Run]], published: Published) -> 
         f"test PPL of {spread(taught, 'test_ppl')} ({seeds(taught)}), {test / mean(of(found), 'test_ppl'):.3f} × that "
         f"without{against_theirs}{for_less}."
     ]
-    alone, same = first_seed(found, **TAUGHT, **LEVERS[NO_CONTEXTS]), first_seed(found, **TAUGHT)
-    if alone and same:
+    alone = of(found, **TAUGHT, **LEVERS[NO_CONTEXTS])
+    kept = [run for run in taught if run["config"]["seed"] in [other["config"]["seed"] for other in alone]]
+    if alone and kept:
+        ratio = mean(alone) / mean(kept)
         said.append(
-            f"To such contexts attention is {'worth something' if mean(alone) > 1.01 * mean(same) else 'worth nothing'}"
-            f": with the current one alone in reach, validation PPL is {mean(alone) / mean(same):.3f} × (one seed)."
+            f"To such contexts attention is worth {'something' if ratio > 1.01 else 'nothing that this text shows'}: "
+            f"with the current one alone in reach, validation PPL is {ratio:.3f} × ({spread(alone)} against "
+            f"{spread(kept)}, {seeds(alone)})."
         )
     each = [(of(found, **TAUGHT_MODELS[name]), f"{name}, taught", bound, words) for name, bound, words in RIVALS_ARE]
     return [*said, *(against(taught, rival, *rest) for rival, *rest in each if rival)]
@@ -274,13 +276,13 @@ def best_of_all(found: dict[Key, list[Run]]) -> list[str]:
     ]
 
 
-def against(best: list[Run], rival: list[Run], name: str, bound: float | None, words: str) -> str:
-    """How the recipe does against a rival with the same extras; at most `bound` × was asked for, if anything was."""
+def against(best: list[Run], rival: list[Run], name: str, bound: float, words: str) -> str:
+    """How the recipe does against a rival with the same extras, of which at most `bound` × was asked for."""
     ratio = mean(best, "test_ppl") / mean(rival, "test_ppl")
     kept, theirs = (runs[0]["decode_state"]["bytes"]["10000"] for runs in (best, rival))
     but = "" if rival[0]["config"]["recipe"]["read_current"] else " but the direct read"
     return (
         f"Against `{name}` with the same extras{but} ({words}; {theirs:,} bytes kept against {kept:,}), test PPL is "
-        f"{ratio:.3f} × ({spread(best, 'test_ppl')} against {spread(rival, 'test_ppl')}"
-        f"{'' if bound is None else f'; {verdict(ratio, bound)}'})."
+        f"{ratio:.3f} × ({spread(best, 'test_ppl')} against {spread(rival, 'test_ppl')}, "
+        f"{seeds(rival)}; {verdict(ratio, bound)})."
     )

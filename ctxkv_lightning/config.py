@@ -103,8 +103,8 @@ class Config:
         """The keys, or groups of them, that have no effect here."""
         recipe = self.recipe
         voices = Voices(bool(recipe.pointer_heads), recipe.ngram, recipe.read_current)
-        found = unread_keys(self.model.name, voices, self.train.schedule, self.data.source, self.model.layers)
-        return found if self.pretrain.lm_epochs else (*found, "pretrain.lm_weight_dropout")
+        told = self.train.schedule, self.data.source, self.model.layers, self.pretrain.lm_epochs
+        return unread_keys(self.model.name, voices, *told)
 
     def effective(self) -> "Config":
         """This configuration with whatever its model does not read at the default: equal ones are one experiment."""

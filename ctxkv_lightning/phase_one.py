@@ -98,10 +98,12 @@ def pretrain_as_lm(
     data.pretrain_on(data.pretrain_rows, in_rows=True)
     ids, tolerance, epochs = data.pretrain_ids(), config.contexts.tolerance, config.pretrain.lm_epochs
     if len(ids) < 2:
-        raise UserError("pretrain.lm_epochs needs at least 2 tokens for each encoder: add text or leave it out")
+        raise UserError("pretrain.lm_epochs needs at least 2 tokens for each encoder: add text or set it to 0")
     rows = {"rows": RowLoader.ROWS, "steps": RowLoader.STEPS}
     of = {"oacd": oacd.content, "of": oacd.manifest["key"]}
-    recipe = {**RECIPE, "weight_dropout": config.pretrain.lm_weight_dropout}
+    recipe = dict(RECIPE)
+    if dropout := config.pretrain.lm_weight_dropout:  # it came later: without it, stores of before are found
+        recipe["weight_dropout"] = dropout
     key = {**of, "lm_epochs": epochs, "recipe": recipe, "tolerance": tolerance, **rows}
 
     def build(folder: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Voices(NamedTuple):
 
 
 def unread_keys(
-    model: str, voices: Voices, schedule: str = "linear", source: str = "mqar", layers: int = 2
+    model: str, voices: Voices, schedule: str = "linear", source: str = "mqar", layers: int = 2, lm_epochs: int = 1
 ) -> tuple[str, ...]:
     """Dotted keys, or groups of them, that a model of this name does not read, with these voices.
 
@@ -39,5 +39,6 @@ def unread_keys(
     found = found if voices.pointer else (*found, *_OF_POINTERS)
     if model in ("transformer", "sliding_window") and not (voices.pointer or voices.direct):
         found = (*found, *_OF_CONTEXTS)
+    found = found if lm_epochs else (*found, "pretrain.lm_weight_dropout")
     found = found if schedule == "linear" else (*found, "train.warmup_steps")
     return found if source == "mqar" else (*found, "data.mqar")

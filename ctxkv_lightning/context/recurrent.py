@@ -35,13 +35,13 @@ RECIPE = {
     "lr": 0.002,
     "weight_decay": 0.1,
     "dropout": 0.3,
-    "weight_dropout": 0.0,
     "warmup_steps": 20,
     "last_rate": 0.02,
     "clip_norm": 1.0,
 }
-"""All that decides what is learnt, but for the text and how often it is read. The gradient is clipped, for through many
-steps of a recurrence it may explode (Pascanu, Mikolov & Bengio, 2013)."""
+"""All that decides what is learnt, but for the text, how often it is read, and `weight_dropout`, the share of recurrent
+weights left out of each batch, 0 where it is not given. The gradient is clipped, for through many steps of a recurrence
+it may explode (Pascanu, Mikolov & Bengio, 2013)."""
 
 
 class RecurrentLMModule(L.LightningModule):
@@ -91,7 +91,8 @@ class RecurrentLMModule(L.LightningModule):
     def losses(self, batch: Any, state: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (B·n,) in nats, row by row, and the last contexts (B, C), from the contexts (B, C) before."""
         dropout, contexts = self.recipe["dropout"], []
-        weight = F.dropout(self.encoder.recurrent_weight, self.recipe["weight_dropout"], self.training)
+        left_out = self.recipe.get("weight_dropout", 0.0)
+        weight = F.dropout(self.encoder.recurrent_weight, left_out, self.training)
         with torch.autocast(self.device.type, enabled=False):  # a recurrence would add up what bf16 rounds off
             drives = self.encoder.drive(F.dropout(self.table[batch.tokens], dropout, self.training))
             for drive in drives.unbind(1):
@@ -112,7 +113,7 @@ class RecurrentLMModule(L.LightningModule):
         if not perplexity < float("inf"):
             raise UserError(
                 f"the encoder's perplexity became {perplexity} in epoch {self.current_epoch + 1} of its training as a "
-                "language model: leave out pretrain.lm_epochs, or try another seed"
+                "language model: set pretrain.lm_epochs to 0, or try another seed"
             )
         if self.trainer.logger is not None:  # now, so that a checkpoint saved after this hook finds it logged
             row = {"epoch": self.current_epoch, "pretrain/lm_ppl": perplexity}

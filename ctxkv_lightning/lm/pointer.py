@@ -109,12 +109,11 @@ class CachePointer(nn.Module):
         # Not exp(scores - log-sum-exp): a CPU's exp is eight times as slow where it underflows, as it does for NEVER.
         weights, largest = scores.softmax(dim=-1), scores.argmax(dim=-1, keepdim=True)
         evidence = scores.gather(-1, largest) - weights.gather(-1, largest).log()
-        past = exists.any(dim=-1, keepdim=True)  # where there is any, the others' weights have underflown to 0
-        weights = weights * past.to(weights.dtype)
+        weights = weights * exists
         if self.value is not None and embeddings is not None:
             read = weights.to(embeddings.dtype) @ embeddings[:, None]
             hidden = hidden + believed * self.value(read.transpose(1, 2).flatten(2))
-        trust = torch.where(past[..., 0].transpose(1, 2), 0.0, NEVER)
+        trust = torch.where(exists.any(dim=-1).transpose(1, 2), 0.0, NEVER)
         return Pointed(rows, evidence[..., 0].transpose(1, 2), trust, weights, followers, hidden)
 
     def embeddings(self, followers: Tensor, table: Tensor) -> Tensor | None:

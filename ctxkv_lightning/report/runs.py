@@ -21,6 +21,8 @@ NO_EFFECT = ("cache_dir", "embeddings", "trainer.enable_progress_bar")
 """Keys that change no number of a run."""
 
 LATER = {
+    "pretrain.lm_epochs": 0,
+    "pretrain.lm_weight_dropout": 0.0,
     "model.layers": 1,
     "model.local_window": None,
     "recipe.norm": "post",
@@ -157,10 +159,10 @@ def settings(metrics: Metrics) -> dict[str, Any]:
     config = metrics["config"]
     name, values = config["model"]["name"], dict(leaves(config))
     values |= {key: value for key, value in LATER.items() if key not in values}
-    layers = values["model.layers"]
+    layers, epochs = values["model.layers"], values["pretrain.lm_epochs"]
     unread = (
         *NO_EFFECT,
-        *unread_keys(name, voices_of(values), values["train.schedule"], values["data.source"], layers),
+        *unread_keys(name, voices_of(values), values["train.schedule"], values["data.source"], layers, epochs),
     )
     kept = {key: _hashable(value) for key, value in values.items() if not _below(key, unread)}
     if kept.get("samples", 0) is None:

@@ -31,8 +31,7 @@ V, D, C = 13, 6, 4
 def module(seed=0, C=C, D=D, **options):
     torch.manual_seed(seed)
     counts = torch.arange(V).float()
-    recipe = {"dropout": 0.0, "weight_dropout": 0.0, **options}
-    return RecurrentLMModule(ContextEncoder(C, D), normalised(V, D), counts, **recipe)
+    return RecurrentLMModule(ContextEncoder(C, D), normalised(V, D), counts, **{"dropout": 0.0, **options})
 
 
 @settings(deadline=None, max_examples=30)

@@ -15,7 +15,7 @@ def draw(N, V, D, seed=0):
 
 @settings(deadline=None, max_examples=40)
 @given(n=st.integers(1, 40), V=st.integers(1, 9), block=st.integers(1, 60), seed=st.integers(0, 99))
-def test_column_sums_are_rounded_once_however_many_rows_there_are(n, V, block, seed):
+def test_column_sums_are_those_of_fp64_however_many_rows_there_are(n, V, block, seed):
     logits = (100 * torch.randn(n, V, generator=torch.Generator().manual_seed(seed))).bfloat16()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(normalise, "CPU_BLOCK", block)

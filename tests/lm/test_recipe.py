@@ -164,7 +164,7 @@ def test_apart_a_target_that_no_other_voice_gives_leaves_finite_gradients():
 
 
 @settings(deadline=None, max_examples=40)
-@given(n=st.integers(1, 4), m=st.integers(1, 6), scale=st.sampled_from([1.0, 40.0, 2000.0]), seed=st.integers(0, 999))
+@given(n=st.integers(1, 4), m=st.integers(1, 6), scale=st.sampled_from([1.0, 40.0, 6000.0]), seed=st.integers(0, 999))
 def test_what_is_pointed_at_and_its_gradient_are_those_of_log_sum_exp(n, m, scale, seed):
     """Also among equal scores, and for a query without any past."""
     torch.manual_seed(seed)

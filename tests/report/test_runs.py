@@ -164,6 +164,15 @@ def test_settings_say_what_null_stands_for() -> None:
     assert settings(deep)["model.window_tokens"] == 50
 
 
+def test_runs_from_before_an_encoder_could_be_taught_taught_none() -> None:
+    now, idle, taught = model_metrics(), model_metrics(), model_metrics()
+    now["config"]["pretrain"] |= {"lm_epochs": 0, "lm_weight_dropout": 0.0}
+    idle["config"]["pretrain"] |= {"lm_epochs": 0, "lm_weight_dropout": 0.5}
+    taught["config"]["pretrain"] |= {"lm_epochs": 1, "lm_weight_dropout": 0.5}
+    assert settings(model_metrics()) == settings(now) == settings(idle)
+    assert settings(taught)["pretrain.lm_weight_dropout"] == 0.5
+
+
 def test_runs_from_before_there_were_layers_have_one() -> None:
     now, local = model_metrics(), model_metrics()
     now["config"]["model"] |= {"layers": 1, "local_window": None}

@@ -1,7 +1,7 @@
 """What the page that compares runs says: its words, tables and figures, in the order in which they stand."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ctxkv_lightning.report.axis_figure import axis_figure
@@ -58,7 +58,7 @@ def content_of(found: Found) -> Content:
         *_memory(groups, names),
         *_settings(groups, keys, names),
         *_saturation(groups, names),
-        _gap(found.runs, keys, names),
+        _gap(groups, names),
         *_failures(found),
         *_skipped(found),
     ]
@@ -72,9 +72,9 @@ def _title(runs: Sequence[Run]) -> str:
     return f"{count(len(runs), 'run')} of {models[0] if len(models) == 1 else f'{len(models)} models'}"
 
 
-def _label(settings: Mapping[str, object], names: Names, run: Run) -> str:
-    """What tells a group or a run from the others; its model where nothing does."""
-    return phrases(settings, names) or run.model
+def _label(group: Group, names: Names) -> str:
+    """What tells a group from the others; its model where nothing does."""
+    return phrases(group.settings, names) or group.model
 
 
 def _summary(groups: Sequence[Group], keys: Sequence[str], names: Names) -> str:
@@ -82,7 +82,7 @@ def _summary(groups: Sequence[Group], keys: Sequence[str], names: Names) -> str:
     over = f" ± {value.spread:,.1f} over {value.seeds} seeds" if value.spread is not None else ""
     sentences = [
         f"They differ in {enumerated([names[key] for key in keys])}." if keys else "",
-        f"Best: {_label(best.settings, names, best.runs[0])}, with a validation PPL of {ppl(value.mean)}{over}.",
+        f"Best: {_label(best, names)}, with a validation PPL of {ppl(value.mean)}{over}.",
     ]
     if {"kneser_ney_ppl", "kneser_ney_cache_ppl"} <= footing.keys():
         sentences.append(
@@ -105,7 +105,7 @@ def _tiles(found: Found, groups: Sequence[Group], names: Names) -> list[Tile]:
     tests = [each.test_ppl for each in groups[0].runs if each.test_ppl is not None]
     states = [each.state for each in found.unfinished]
     others = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "all finished"
-    label = _label(groups[0].settings, names, run)
+    label = _label(groups[0], names)
     kept = "–" if run.kept is None else f"{written(round(run.kept / 1000))} KB"
     return [
         Tile(ppl(value.mean), "" if value.spread is None else ppl(value.spread), "best validation PPL", label),
@@ -149,9 +149,9 @@ def _saturation(groups: Sequence[Group], names: Names) -> list[Section]:
     ]
 
 
-def _gap(runs: Sequence[Run], keys: Sequence[str], names: Names) -> Section:
-    labels = [_label({key: run.settings[key] for key in keys if key in run.settings}, names, run) for run in runs]
-    return Section("gap", "Train and validation", figures=[gap_figure(runs, labels)])
+def _gap(groups: Sequence[Group], names: Names) -> Section:
+    labels = [_label(group, names) for group in groups]
+    return Section("gap", "Train and validation", figures=[gap_figure(groups, labels)])
 
 
 def _failures(found: Found) -> list[Section]:

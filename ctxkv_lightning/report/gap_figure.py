@@ -1,47 +1,67 @@
-"""Train and validation PPL of each run, and the gap between them."""
+"""Train and validation PPL, and the gap between them, of runs that differ only in their seed."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from ctxkv_lightning.report.drawing import GREY, INK, PAPER, plain, single
+from ctxkv_lightning.report.groups import Group
 from ctxkv_lightning.report.looks import Drawn, look
-from ctxkv_lightning.report.runs import Run
 
-MOST_RUNS = 25
+MOST_GROUPS = 25
 """Rows of the figure."""
 
 WIDEST = 58
 """Characters of a label's line."""
 
 
-def gap_figure(runs: Sequence[Run], labels: Sequence[str]) -> Drawn:
-    """Train and validation PPL of each run at its best epoch, the best runs at the top."""
-    shown = [(run, _broken(label)) for run, label in zip(runs, labels, strict=True)][:MOST_RUNS]
-    longest = max(len(line) for _, label in shown for line in label.splitlines() or [""])
-    lines = max(label.count("\n") + 1 for _, label in shown)
-    figure, axes = single(max(7.2, min(9.6, 5.4 + 0.075 * longest)), 1.25 + (0.11 + 0.16 * lines) * len(shown))
-    for row, (run, _) in enumerate(shown):
-        colour, marker = look(run.model).colour, look(run.model).marker
-        axes.plot([run.train_ppl, run.val_ppl], [row, row], color=colour, linewidth=1.6, zorder=2)
-        axes.plot(run.train_ppl, row, marker, color=colour, markerfacecolor=PAPER, markersize=6.5, zorder=3)
-        axes.plot(run.val_ppl, row, marker, color=colour, markersize=7.5, zorder=3)
+class Row(NamedTuple):
+    """What is drawn of a group: means over its seeds."""
+
+    group: Group
+    label: str
+    train: float
+    val: float
+    gap: float
+
+
+def gap_figure(groups: Sequence[Group], labels: Sequence[str]) -> Drawn:
+    """Train and validation PPL of each group at its best epochs, the best groups at the top."""
+    rows = [_row(group, _broken(label)) for group, label in zip(groups, labels, strict=True)][:MOST_GROUPS]
+    longest = max(len(line) for row in rows for line in row.label.splitlines() or [""])
+    lines = max(row.label.count("\n") + 1 for row in rows)
+    figure, axes = single(max(7.2, min(9.6, 5.4 + 0.075 * longest)), 1.25 + (0.11 + 0.16 * lines) * len(rows))
+    for place, row in enumerate(rows):
+        colour, marker = look(row.group.model).colour, look(row.group.model).marker
+        axes.plot([row.train, row.val], [place, place], color=colour, linewidth=1.6, zorder=2)
+        axes.plot(row.train, place, marker, color=colour, markerfacecolor=PAPER, markersize=6.5, zorder=3)
+        axes.plot(row.val, place, marker, color=colour, markersize=7.5, zorder=3)
         axes.annotate(
-            f"{run.gap:+,.0f}" if abs(run.gap) >= 10 else f"{run.gap:+.1f}",
-            (max(run.train_ppl, run.val_ppl), row),
+            f"{row.gap:+,.0f}" if abs(row.gap) >= 10 else f"{row.gap:+.1f}",
+            (max(row.train, row.val), place),
             xytext=(9, 0),
             textcoords="offset points",
             va="center",
             color=INK,
             fontsize=9.5,
         )
-    _gap_axes(axes, [label for _, label in shown], shown[0][0])
-    gaps = [plain(choose(run.gap for run, _ in shown)) for choose in (min, max)]
-    axes.set_title(f"Gap from {gaps[0]} to {gaps[1]} PPL" if len(shown) > 1 else f"Gap of {gaps[0]} PPL", pad=26)
-    best = "" if len(shown) == len(runs) else f" The best {len(shown)} of {len(runs)} runs."
-    caption = f"Train (hollow) and validation PPL (filled) at the best epoch, their difference beside.{best}"
-    return Drawn("gap", figure, caption, wide=True)
+    _gap_axes(axes, rows)
+    gaps = [plain(choose(row.gap for row in rows)) for choose in (min, max)]
+    axes.set_title(f"Gap from {gaps[0]} to {gaps[1]} PPL" if len(rows) > 1 else f"Gap of {gaps[0]} PPL", pad=26)
+    return Drawn("gap", figure, _caption(groups, len(rows)), wide=True)
+
+
+def _row(group: Group, label: str) -> Row:
+    train, gap = group.measured(lambda run: run.train_ppl), group.measured(lambda run: run.gap)
+    return Row(group, label, train.mean, group.val_ppl.mean, gap.mean)
+
+
+def _caption(groups: Sequence[Group], shown: int) -> str:
+    means = ", as means over seeds" if any(group.val_ppl.seeds > 1 for group in groups) else ""
+    best = f" The best {shown} of {len(groups)} combinations." if shown < len(groups) else ""
+    return f"Train (hollow) and validation PPL (filled) at the best epoch, their difference beside{means}.{best}"
 
 
 def _broken(label: str) -> str:
@@ -55,11 +75,11 @@ def _broken(label: str) -> str:
     return " ·\n".join(lines)
 
 
-def _gap_axes(axes: Axes, labels: Sequence[str], first: Run) -> None:
+def _gap_axes(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set(xscale="log", xlabel="PPL at the best epoch (log)")
-    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.1)
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_yticks(range(len(rows)), [row.label for row in rows])
     axes.tick_params(axis="y", length=0)
     low, high = axes.get_xlim()
     steps = (1, 2, 3, 5, 7) if high < 8 * low else (1, 2, 5) if high < 30 * low else (1,)
@@ -70,6 +90,6 @@ def _gap_axes(axes: Axes, labels: Sequence[str], first: Run) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.8g}"))
     axes.grid(axis="x", color=GREY, alpha=0.25, linewidth=0.7)
-    sides = (("train", first.train_ppl), ("validation", first.val_ppl))
+    sides = (("train", rows[0].train), ("validation", rows[0].val))
     for (name, x), aligned in zip(sorted(sides, key=lambda side: side[1]), ("right", "left"), strict=True):
         axes.annotate(name, (x, -0.6), xytext=(0, 5), textcoords="offset points", ha=aligned, color=INK)

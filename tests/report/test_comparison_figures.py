@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from ctxkv_lightning.report.axis_figure import axis_figure
 from ctxkv_lightning.report.drawing import PALETTE, styled
-from ctxkv_lightning.report.gap_figure import MOST_RUNS, gap_figure
+from ctxkv_lightning.report.gap_figure import MOST_GROUPS, gap_figure
 from ctxkv_lightning.report.groups import along, axes_of, differing, grouped
 from ctxkv_lightning.report.looks import Drawn, look
 from ctxkv_lightning.report.memory_figure import memory_figures, pareto
@@ -148,24 +148,39 @@ def test_captions_own_up_to_what_is_left_out() -> None:
     assert "Where only some have interval, each point is the best of them." in axis(own, "model.name").caption
 
 
-@pytest.mark.parametrize("count", [1, 3, MOST_RUNS + 5])
+def gap(runs: list[Run], labels: list[str]) -> Drawn:
+    with styled():
+        return gap_figure(grouped(runs, differing(runs)), labels)
+
+
+@pytest.mark.parametrize("count", [1, 3, MOST_GROUPS + 5])
 def test_the_gap_is_drawn_from_train_to_validation(count: int) -> None:
     runs = [run(200 + i, interval=i) for i in range(1, count + 1)]
-    with styled():
-        drawn = gap_figure(runs, [f"run {i}" for i in range(count)])
+    drawn = gap(runs, [f"run {i}" for i in range(count)])
     (axes,) = drawn.figure.axes
-    shown = min(count, MOST_RUNS)
+    shown = min(count, MOST_GROUPS)
     assert [label.get_text() for label in axes.get_yticklabels()] == [f"run {i}" for i in range(shown)]
     lines = [line for line in axes.lines if len(line.get_xdata()) == 2]
     assert [list(line.get_xdata()) for line in lines] == [[each.train_ppl, each.val_ppl] for each in runs[:shown]]
     assert axes.get_ylim()[0] > axes.get_ylim()[1]
-    assert (f"The best {MOST_RUNS} of {count} runs." in drawn.caption) == (count > MOST_RUNS)
+    assert (f"The best {MOST_GROUPS} of {count} combinations." in drawn.caption) == (count > MOST_GROUPS)
+    assert "means" not in drawn.caption
+
+
+def test_the_gap_of_seeds_is_drawn_once_as_their_mean() -> None:
+    runs = [run(200.0, interval=5, seed=1), run(240.0, interval=5, seed=2), run(300.0, interval=9, seed=1)]
+    drawn = gap(runs, ["five", "nine"])
+    (axes,) = drawn.figure.axes
+    first, second = [line for line in axes.lines if len(line.get_xdata()) == 2]
+    assert list(first.get_xdata()) == pytest.approx([(runs[0].train_ppl + runs[1].train_ppl) / 2, 220.0])
+    assert second.get_xdata()[1] == 300.0
+    assert drawn.caption.endswith("beside, as means over seeds.")
 
 
 def test_long_labels_of_the_gap_are_broken_between_settings() -> None:
     label = "context_kv · samples 500 · interval [1,1,5,5,20,20,80,80] · strided · max_contexts 32 · seed 42"
+    drawn = gap([run(200)], [label])
     with styled():
-        drawn = gap_figure([run(200)], [label])
         drawn.figure.draw_without_rendering()
     (axes,) = drawn.figure.axes
     lines = axes.get_yticklabels()[0].get_text().splitlines()

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import findings, recipe_runs
+from benchmarks import findings, findings_runs, recipe_runs
 from benchmarks.recorded import BEST, RECORD, Entry, kept_entries
 from benchmarks.remembered import draw
 from ctxkv_lightning.config import Config, ModelConfig, load_config
@@ -34,7 +34,7 @@ class Chosen(NamedTuple):
 
     folder: Path
     name: str
-    metrics: findings.Run
+    metrics: recipe_runs.Run
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -64,11 +64,11 @@ def chosen(runs: Path) -> Iterator[Chosen]:
             yield Chosen(file.parent, name, metrics)
 
 
-def text_name(run: findings.Run) -> str | None:
+def text_name(run: recipe_runs.Run) -> str | None:
     """What a run on the default text is called; None for one that is not asked."""
     if run["config"]["seed"] != SEED or run["config"]["data"]["source"] != "pydocs":
         return None
-    published = findings.rows_of(findings.published([run]), 100)
+    published = findings_runs.rows_of(findings_runs.published([run]), 100)
     if published:
         return published[0].name
     best, model = recipe_runs.groups([run]), run["config"]["model"]["name"]
@@ -76,13 +76,13 @@ def text_name(run: findings.Run) -> str | None:
     return model + BEST if with_recipe else None
 
 
-def task_name(run: findings.Run) -> str:
+def task_name(run: recipe_runs.Run) -> str:
     """What a run on the recall task is called: its model and how much that may read."""
     model, read = run["config"]["model"]["name"], reads(run)
     return model if read is None else f"{model}, {count(read, 'context' if model == 'context_kv' else 'token')}"
 
 
-def reads(run: findings.Run) -> int | None:
+def reads(run: recipe_runs.Run) -> int | None:
     """Contexts or tokens that a position reads; None for models without a window."""
     match run["config"]["model"]["name"]:
         case "context_kv":

@@ -13,6 +13,7 @@ from ctxkv_lightning.config import Config, flat
 from ctxkv_lightning.door import check_command_line
 
 Run = dict[str, Any]
+"""The content of a metrics.json."""
 
 APART = ("seed", "cache_dir", "resume", "init_from", "trainer.enable_progress_bar")
 """Keys by which runs of one kind differ."""

@@ -10,7 +10,7 @@ import statistics
 import pytest
 from rich.console import Console
 
-from benchmarks import findings
+from benchmarks import findings, findings_runs, findings_sentences
 from ctxkv_lightning.__main__ import generate
 from ctxkv_lightning.config import check_key
 from ctxkv_lightning.door import check_command_line
@@ -99,21 +99,24 @@ def test_the_decoding_table_is_the_one_that_was_measured():
 
 
 def test_what_taught_contexts_are_worth_is_what_was_measured():
-    runs = findings.published(findings.kept_runs(ROOT / "docs" / "results" / "runs"))
-    test = {row.name: statistics.mean(row.test) for row in findings.rows_of(runs, 100)}
-    ours = test[findings.OURS + findings.LEARNT + findings.DIRECT]
+    runs = findings_runs.published(findings.kept_runs(ROOT / "docs" / "results" / "runs"))
+    test = {row.name: statistics.mean(row.test) for row in findings_runs.rows_of(runs, 100)}
+    ours = test[findings_runs.OURS + findings_runs.LEARNT + findings_runs.DIRECT]
     shown = re.search(r"<!-- taught -->(.*?)<!-- /taught -->", README, re.DOTALL)
     assert shown
-    ratios = [f"{ours / test[name]:.3f}" for name in (findings.OURS, "sliding_window", "transformer")]
+    ratios = [f"{ours / test[name]:.3f}" for name in (findings_runs.OURS, "sliding_window", "transformer")]
     assert re.findall(r"0\.\d{3}", shown.group(1)) == ratios
-    assert test["recurrence" + findings.LEARNT] < test["sliding_window"]
+    assert test["recurrence" + findings_runs.LEARNT] < test["sliding_window"]
     told = re.search(r"<!-- told -->(.*?)<!-- /told -->", README, re.DOTALL)
     assert told
-    rows = {row.name: row for row in findings.rows_of(runs, 100)}
-    own, others = rows[findings.OURS + findings.TOLD], [rows[name + findings.TOLD] for name in findings.TOKENS]
+    rows = {row.name: row for row in findings_runs.rows_of(runs, 100)}
+    own, others = (
+        rows[findings_runs.OURS + findings_runs.TOLD],
+        [rows[name + findings_runs.TOLD] for name in findings_runs.TOKENS],
+    )
     assert [len(row.runs) for row in others] == [3, 3]
     assert re.findall(r"0\.\d{3}", told.group(1)) == [f"{ours / statistics.mean(row.test):.3f}" for row in others]
-    assert not any(findings.apart(own.test, row.test) for row in others)
+    assert not any(findings_sentences.apart(own.test, row.test) for row in others)
 
 
 def test_what_is_said_of_repetition_was_measured_at_the_defaults():

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks import findings
+from benchmarks import findings, findings_runs, findings_sentences
 from benchmarks.recorded import kept_entries
 from tests.conftest import ROOT
 
@@ -27,14 +27,14 @@ def runs():
 
 
 def test_rows_are_means_over_seeds_best_first(runs):
-    rows = findings.rows_of(runs, 100)
-    assert [(row.name, len(row.runs)) for row in rows] == [("sliding_window", 3), (findings.OURS, 3)]
+    rows = findings_runs.rows_of(runs, 100)
+    assert [(row.name, len(row.runs)) for row in rows] == [("sliding_window", 3), (findings_runs.OURS, 3)]
     assert rows[0].cells()[1] == "321.0 ± 1.0"
 
 
 def test_who_wins_is_decided_by_the_numbers(runs):
     def said():
-        return " ".join(findings.sentences(runs, findings.rows_of(runs, 100)))
+        return " ".join(findings_sentences.sentences(runs, findings_runs.rows_of(runs, 100)))
 
     assert "beats the published selection" in said()
     for run in runs[3:]:
@@ -55,17 +55,17 @@ def test_what_is_missing_is_named(runs):
 def test_a_run_of_more_epochs_is_a_kind_of_its_own(runs):
     for run in runs[:3]:
         run["config"]["train"]["max_epochs"] = 40
-    assert [row.name for row in findings.rows_of(runs, 100)] == ["sliding_window", findings.PATIENT]
+    assert [row.name for row in findings_runs.rows_of(runs, 100)] == ["sliding_window", findings_runs.PATIENT]
     for run in runs[3:]:
         run["config"]["train"]["max_epochs"] = 40
-    assert [row.name for row in findings.rows_of(runs, 100)] == [findings.PATIENT]
+    assert [row.name for row in findings_runs.rows_of(runs, 100)] == [findings_runs.PATIENT]
 
 
 def test_what_more_text_does_is_said(runs):
     more = copy.deepcopy(runs)
     for run in more:
         run["config"]["samples"] = 500
-    said = findings.sentences(runs, findings.rows_of(runs, 100), findings.rows_of(more, 500))
+    said = findings_sentences.sentences(runs, findings_runs.rows_of(runs, 100), findings_runs.rows_of(more, 500))
     assert "better than it are `sliding_window` 321.0 ± 1.0" in said[-1]
 
 
@@ -90,13 +90,13 @@ def test_the_page_in_the_repository_is_made_of_the_metrics_in_the_repository():
 def test_a_model_whose_encoder_was_taught_is_a_row_of_its_own(runs):
     for run in runs[3:]:
         run["config"]["model"]["name"], run["config"]["pretrain"]["lm_epochs"] = "context_kv", 4
-    rows = findings.rows_of(runs, 100)
-    assert [row.name for row in rows] == [findings.OURS + findings.LEARNT, findings.OURS]
-    said = findings.sentences(runs, rows)
+    rows = findings_runs.rows_of(runs, 100)
+    assert [row.name for row in rows] == [findings_runs.OURS + findings_runs.LEARNT, findings_runs.OURS]
+    said = findings_sentences.sentences(runs, rows)
     assert any("taught to predict" in sentence and "beats the published" in sentence for sentence in said)
     assert "for 4 epochs by truncated" in findings.taught(runs)
     assert findings.taught(runs[:3]) == ""
-    assert findings.crossed(runs)[20, 32]["config"]["pretrain"].get("lm_epochs", 0) == 0
+    assert findings_runs.crossed(runs)[20, 32]["config"]["pretrain"].get("lm_epochs", 0) == 0
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_models_that_read_the_same_context_are_told_apart_or_not(runs, theirs, v
     plain = copy.deepcopy(runs[0])
     plain["config"]["pretrain"]["lm_epochs"], plain["config"]["recipe"] = 0, {"read_current": False}
     made = [*runs, plain]
-    said = findings.sentences(made, findings.rows_of(made, 100))
+    said = findings_sentences.sentences(made, findings_runs.rows_of(made, 100))
     assert any(f"against which ours is at {verdict}." in sentence for sentence in said), said
     assert sum("`sliding_window" in sentence and "the very same context" in sentence for sentence in said) == 1
 
@@ -128,7 +128,7 @@ def test_of_models_that_read_the_same_context_only_seeds_that_both_have_are_comp
     for run, test in zip(runs, (100.0, 300.0, 500.0, 200.0, 0.0, 0.0), strict=True):
         run["result"]["test_ppl"] = test
     made = [*runs[:4], plain]  # of the rival, seed 42 alone
-    said = " ".join(findings.sentences(made, findings.rows_of(made, 100)))
+    said = " ".join(findings_sentences.sentences(made, findings_runs.rows_of(made, 100)))
     assert "(1,000 bytes kept; one seed), against which ours is at 0.500 ×: one seed says no more." in said.replace(
         "635,904 bytes kept; one", "1,000 bytes kept; one"
     )
@@ -140,11 +140,11 @@ def test_taught_contexts_that_are_read_directly_stand_beside_rivals_and_beside_e
     third["config"]["recipe"] = {"read_current": True}
     third["result"] |= {"val_ppl": 250.0, "test_ppl": 296.8}
     more = [*runs, third]
-    assert findings.published(more) == more
-    rows = findings.rows_of(more, 100)
-    assert rows[0].name == findings.OURS + findings.LEARNT + findings.DIRECT
-    (said,) = [each for each in findings.sentences(more, rows) if "both taught and read" in each]
+    assert findings_runs.published(more) == more
+    rows = findings_runs.rows_of(more, 100)
+    assert rows[0].name == findings_runs.OURS + findings_runs.LEARNT + findings_runs.DIRECT
+    (said,) = [each for each in findings_sentences.sentences(more, rows) if "both taught and read" in each]
     assert "a test PPL of 296.8 (635,904 bytes kept); with neither 400.0 ± 0.0. That is" in said
     assert "0.802 × that of `sliding_window` (370.0 ± 0.0, 635,904 bytes)" in said
     third["config"]["recipe"]["projection"] = True
-    assert findings.published(more) == runs
+    assert findings_runs.published(more) == runs

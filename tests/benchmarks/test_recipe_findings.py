@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from benchmarks import findings, recipe, recipe_runs, recipe_sentences
+from benchmarks import findings, findings_runs, recipe, recipe_runs, recipe_sentences
 from ctxkv_lightning.door import check_command_line
 from tests.conftest import ROOT
 
@@ -181,7 +181,7 @@ def test_conversations_have_a_sentence_and_are_in_no_table(runs):
     assert "on 300 conversations of UltraChat" in said
     assert "a test PPL of 60.0 (one seed), 0.300 × the published one's 200.0 (one seed; at most 0.7 was asked" in said
     assert recipe_runs.groups([*runs, *chats]) == recipe_runs.groups(runs)
-    assert findings.published(chats) == []
+    assert findings_runs.published(chats) == []
     other = made(99.0, *on_chats, "recipe.apart=false", seed=1)
     assert recipe_sentences.on_chats([*runs, *chats, other]) == [said]  # of the recipe as it is, not as it was
 

@@ -31,7 +31,8 @@ def unread_keys(
 ) -> tuple[str, ...]:
     """Dotted keys, or groups of them, that a model of this name does not read, with these voices.
 
-    `schedule` and `source` are the values of `train.schedule` and `data.source`; the defaults read all of theirs.
+    The others are the values of `train.schedule`, `data.source`, `model.layers` and `pretrain.lm_epochs`; the defaults
+    read all that depends on them.
     """
     found = _BY_MODEL.get(model, ())
     found = found if layers > 1 else tuple({**dict.fromkeys(found), "model.local_window": None})

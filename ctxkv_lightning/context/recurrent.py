@@ -4,10 +4,10 @@
 
 by truncated back-propagation through time (Williams & Peng, 1990): the training stream lies in rows side by side,
 which are read a few tokens at a time; contexts are carried on, their gradient is not. E are the normalised embeddings,
-frozen; W, b and b' are thrown away in the end. Of the weights W_c on the last context, some are left out at random, the
-same ones throughout a batch (the weight-dropped recurrence of Merity, Keskar & Socher, 2018). What stays is the whole
-encoder: its contexts still depend on nothing but the tokens before them, so they are solved exactly and stored once, as
-those of an encoder that OACD alone has trained.
+frozen; W, b and b' are thrown away in the end. Of the weights W_c on the last context, a share may be left out at
+random, the same ones throughout a batch (the weight-dropped recurrence of Merity, Keskar & Socher, 2018). What stays
+is the whole encoder: its contexts still depend on nothing but the tokens before them, so they are solved exactly and
+stored once, as those of an encoder that OACD alone has trained.
 """
 
 import logging

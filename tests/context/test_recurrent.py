@@ -1,5 +1,6 @@
 """The encoder as a recurrent language model: losses, gradients, what is carried on, what it learns."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -177,6 +178,10 @@ def test_a_run_trains_stores_and_reports_it(tmp_path, monkeypatch, model):
         assert torch.equal(run[name], again[name])
         assert not torch.equal(run[name], plain[name])
         assert not torch.equal(run[name], left_out[name])
+    keys = [json.loads(file.read_text())["key"] for file in (tmp_path / "cache" / "encoder").glob("*/manifest.json")]
+    recipes = [key["recipe"] for key in keys if "recipe" in key]
+    assert sorted(recipe.get("weight_dropout", 0) for recipe in recipes) == sorted([0, 0.5] * (len(recipes) // 2))
+    assert recurrent.RECIPE in recipes  # as before there was weight dropout: stores of then are found
     before, after = (read_metrics(tmp_path / name)["pretrain"] for name in ("plain", "run"))
     each = zip(before.get("encoders", [before]), after.get("encoders", [after]), strict=True)
     for plain, learnt in each:

@@ -43,6 +43,7 @@ lint: $(STAMP) ## Check style, types and the direction of imports
 bench: $(STAMP) ## Measure every claim of speed and precision on this machine (15 minutes on 2 cores)
 	$(BIN)/python -m benchmarks.attention --output $(OUTPUT)
 	$(BIN)/python -m benchmarks.contexts --output $(OUTPUT)
+	$(BIN)/python -m benchmarks.pointer --output $(OUTPUT)
 	$(BIN)/python -m benchmarks.phase2 --repeats 2 --output $(OUTPUT)
 	$(BIN)/python -m benchmarks.allocator --output $(OUTPUT)
 	$(BIN)/python -m benchmarks.compile --output $(OUTPUT)

@@ -143,6 +143,7 @@ def speed_rows() -> list[list[str]]:
     files = (ROOT / "benchmarks" / "results").glob("*.json")
     of = {file.stem: json.loads(file.read_text())["result"] for file in files}
     fp32, bf16 = (of["attention"][name]["ratio"]["median"] for name in ("fp32", "bf16"))
+    pointer, bias = (of["pointer"][name]["ratio"]["median"] for name in ("pointer", "bias"))
     small, large = (of["phase2"]["speed"][V] for V in ("8192", "50257"))
     gpu, longest = of["gpu"], of["scale"]["largest_to_smallest"]
     eager, compiled = (gpu["phase2"][mode]["tokens_per_second"] / 1e6 for mode in ("eager", "compiled"))
@@ -156,6 +157,11 @@ def speed_rows() -> list[list[str]]:
             "folded attention, forward and backward, against gathering, fp32 (bf16)",
             "15 ×",
             f"{fp32:.1f} × ({bf16:.1f} ×)",
+        ],
+        [
+            "the recipe's pointer against its plain formula (the gradient of its bias against one sum)",
+            "",
+            f"{pointer:.1f} × ({bias:.1f} ×)",
         ],
         ["Phase 2 against the published method, V=8,192", "4.4 ×", f"{small['ratio']['median']:.1f} ×"],
         ["Phase 2 against the published method, V=50,257", "4.4 ×", f"{large['ratio']['median']:.1f} ×"],

@@ -17,6 +17,7 @@ from benchmarks import (
     gpu,
     harness,
     phase2,
+    pointer,
     precision,
     published,
     scale,
@@ -152,6 +153,12 @@ def sampled_peak():
     return peak.bytes
 
 
+def test_a_pointer_is_compared_with_the_same_results():
+    result = pointer.main(["--quick"])
+    assert result["pointer"]["max_difference"] < 1e-5
+    assert result["bias"]["max_difference"] < 1e-4
+
+
 def test_a_sampled_peak_sees_memory_that_is_gone_again():
     assert 39e6 < harness.in_fresh_process(sampled_peak) < 80e6
 
@@ -160,7 +167,7 @@ def test_the_chain_has_the_products_of_a_training_step():
     assert workload.product_chain(100, QUICK, torch.device("cpu"))() == QUICK.step
 
 
-@pytest.mark.parametrize("script", [attention, contexts], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("script", [attention, contexts, pointer], ids=lambda module: module.__name__)
 def test_it_runs(script, tmp_path):
     check_script(script, tmp_path)
 

@@ -20,7 +20,7 @@ from ctxkv_lightning.lm.recipe import Recipe
 from ctxkv_lightning.run.callbacks import log
 from ctxkv_lightning.store import Store, create_array, get_or_build
 from ctxkv_lightning.text import conversations, embedding, mqar, ngram, tokenizer
-from ctxkv_lightning.text.corpus import SEPARATOR, Corpus, Document, read_pydocs, split
+from ctxkv_lightning.text.corpus import SEPARATOR, Corpus, Document, pydocs_state, read_pydocs, split
 from ctxkv_lightning.text.files import read_files
 from ctxkv_lightning.windows import WINDOW
 
@@ -93,7 +93,7 @@ def read_corpus(config: Config) -> Corpus:
     data, records = config.data, (config.data.validation, config.data.test, config.data.errors)
     match data.source:
         case "pydocs":
-            return split(read_pydocs(), data.heldout_bytes)
+            return split(build_pydocs(config), data.heldout_bytes)
         case "text":
             return split(read_files(data.files, data.errors), data.heldout_bytes)
         case "mqar":
@@ -104,6 +104,16 @@ def read_corpus(config: Config) -> Corpus:
         case _:
             learnt = config.tokenizer.source == "bpe"  # from all training documents, whatever `samples` is
             return conversations.from_files(data.files, None if learnt else config.samples, *records)
+
+
+def build_pydocs(config: Config) -> list[Document]:
+    """The documentation of this Python, parsed once; as often as it changes."""
+
+    def build(folder: Path) -> None:
+        (folder / "documents.json").write_text(json.dumps(read_pydocs()))
+
+    store = get_or_build(config.cache_dir, "pydocs", pydocs_state(), build)
+    return [Document(*pair) for pair in json.loads((store.path / "documents.json").read_text())]
 
 
 def build_encoding(config: Config, corpus: Corpus) -> Any:

@@ -14,7 +14,7 @@ import torch
 import yaml
 from lightning import Callback
 
-from ctxkv_lightning import phase_one, pipeline
+from ctxkv_lightning import build, phase_one, pipeline
 from ctxkv_lightning.config import TrainConfig
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.resume import check_changes
@@ -405,12 +405,9 @@ def test_a_changed_text_is_refused_with_both_hashes(shared, tmp_path, monkeypatc
     config = shared
     interrupted(config, tmp_path / "run", Stop("ContextKVLMModule", 3), monkeypatch)
     began = json.loads((tmp_path / "run" / "data.json").read_text())
-    read_pydocs = pipeline.prepare_text.__globals__["read_pydocs"]
-    monkeypatch.setitem(
-        pipeline.prepare_text.__globals__,
-        "read_pydocs",
-        lambda: [doc._replace(text=doc.text + ".") for doc in read_pydocs()],
-    )
+    documents = build.read_pydocs()
+    monkeypatch.setattr(build, "pydocs_state", lambda: {"python": "another"})
+    monkeypatch.setattr(build, "read_pydocs", lambda: [doc._replace(text=doc.text + ".") for doc in documents])
     for name in ("text", "tokenizer"):  # a learnt tokenizer changes with its text
         (tmp_path / "run" / "data.json").write_text(json.dumps({name: began[name]}))
         with pytest.raises(UserError, match=f"the {name} has changed.*{began[name]}, is [0-9a-f]{{64}}"):

@@ -8,14 +8,17 @@ This module knows nothing about tokens.
 
 import ast
 import hashlib
+import json
+import os
 import re
+import sys
 import sysconfig
 import tokenize
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ctxkv_lightning.errors import UserError
 
@@ -73,14 +76,32 @@ def read_pydocs() -> list[Document]:
     return _distinct(documents)
 
 
+def pydocs_state() -> dict[str, Any]:
+    """What `read_pydocs` would read, told a hundred times faster: this Python, its files, their sizes and times.
+
+    JSON. Where it is the same, so are the documents, as Python itself assumes when it reuses a compiled module.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    read = [root / "pydoc_data" / "topics.py", *(path for path, _ in _stdlib_modules(root))]
+    stats = {str(path): path.stat() for path in read if path.exists()}
+    files = [[path, found.st_size, found.st_mtime_ns] for path, found in stats.items()]
+    return {"python": sys.version, "files": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
+
+
 def _stdlib_modules(root: Path) -> list[tuple[Path, str]]:
     """Source files and dotted names; folders such as `site-packages` or `lib-dynload` are no packages."""
     modules = []
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if all(part.isidentifier() for part in parts) and not _LEFT_OUT & set(parts):
-            modules.append((path, ".".join(parts).removesuffix(".__init__")))
-    return modules
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if _is_module(name)]
+        inside = Path(folder).relative_to(root).parts
+        for name in files:
+            if name.endswith(".py") and _is_module(stem := name.removesuffix(".py")):
+                modules.append((Path(folder, name), ".".join([*inside, stem]).removesuffix(".__init__")))
+    return sorted(modules)
+
+
+def _is_module(name: str) -> bool:
+    return name.isidentifier() and name not in _LEFT_OUT
 
 
 def _docstrings(path: Path, module: str, seen: set[str]) -> str:

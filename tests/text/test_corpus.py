@@ -1,6 +1,7 @@
 """Documents in; training, validation and test documents out."""
 
 import hashlib
+import os
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.text import corpus
-from ctxkv_lightning.text.corpus import Corpus, Document, read_pydocs, split
+from ctxkv_lightning.text.corpus import Corpus, Document, pydocs_state, read_pydocs, split
 
 LOREM = "It was a bright cold day in April, and the clocks were striking thirteen.\n"
 
@@ -54,6 +55,27 @@ def test_pydocs_are_always_the_same_and_import_nothing(pydocs):
     assert read_pydocs() == pydocs
     assert not (set(sys.modules) - loaded) & {document.name for document in pydocs}
     assert "antigravity" not in sys.modules
+
+
+def test_the_state_of_pydocs_changes_with_any_file_that_is_read_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda _: str(tmp_path))
+    files = ["pydoc_data/topics.py", "a.py", "package/b.py", "test/c.py", "site-packages/d.py", "no-name.py"]
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f'"""About {name}."""')
+    assert [name for _, name in corpus._stdlib_modules(tmp_path)] == ["a", "package.b"]
+    told = []
+    for name in files:
+        before = pydocs_state()
+        os.utime(tmp_path / name, ns=(1, 1))
+        told.append(pydocs_state() != before)
+    assert told == [True, True, True, False, False, False]
+    before = pydocs_state()
+    assert pydocs_state() == before
+    (tmp_path / "new.py").touch()
+    assert pydocs_state() != before
+    monkeypatch.setattr(corpus.sys, "version", "4.0")
+    assert pydocs_state()["python"] == "4.0"
 
 
 def test_docstrings_stand_under_headings_in_source_order_once(tmp_path):

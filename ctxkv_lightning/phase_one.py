@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import EarlyStopping
 from ctxkv_lightning.build import reused
 from ctxkv_lightning.config import Config
 from ctxkv_lightning.context.pretrain import CONVERGENCE, OACDPretrainModule, load_encoder, save_encoder
-from ctxkv_lightning.context.recurrent import RECIPE, RecurrentLMModule
 from ctxkv_lightning.datamodule import ContextDataModule
 from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.lm.recurrent import RECIPE, RecurrentLMModule
 from ctxkv_lightning.run.callbacks import Stages, log
 from ctxkv_lightning.run.checkpoint import RandomState, VerifiedCheckpointIO
 from ctxkv_lightning.run.folder import RunFolder

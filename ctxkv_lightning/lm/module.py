@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from ctxkv_lightning.context.recurrent import linear_rate
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.attention import Selection
 from ctxkv_lightning.lm.output import Asked
 from ctxkv_lightning.lm.perplexity import Perplexity
+from ctxkv_lightning.lm.recurrent import linear_rate
 from ctxkv_lightning.lm.rivals import ModelName, build_model
 from ctxkv_lightning.windows import Windows
 

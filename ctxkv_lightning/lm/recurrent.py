@@ -18,18 +18,15 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.context.oacd import effective_rank_of, singular_values
 from ctxkv_lightning.context.pretrain import scratch
 from ctxkv_lightning.context.solve import solve_contexts
 from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.lm.head import mixed_cross_entropy
 
 log = logging.getLogger(__name__)
-
-LOGITS_AT_A_TIME = 512
-"""Rows of V logits that are held at a time; they are computed again for their gradient."""
 
 RECIPE = {
     "lr": 0.002,
@@ -82,14 +79,17 @@ class RecurrentLMModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         state = self.encoder.initial(len(batch.tokens)) if batch_index == 0 else self._state
-        nll, state = self.losses(batch, state.to(self.device))
+        total, nll, state = self.losses(batch, state.to(self.device))
         self._state = state.detach()
-        self._total = self._total.to(self.device) + nll.detach().sum()  # a checkpoint's may be on the CPU
+        self._total = self._total.to(self.device) + nll.sum()  # a checkpoint's may be on the CPU
         self._count += nll.numel()
-        return nll.mean()
+        return total / nll.numel()
 
-    def losses(self, batch: Any, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses (B·n,) in nats, row by row, and the last contexts (B, C), from the contexts (B, C) before."""
+    def losses(self, batch: Any, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Summed loss in nats, its parts (B·n,) row by row, without a gradient, and the last contexts (B, C).
+
+        `state` (B, C) are the contexts before the batch.
+        """
         dropout, contexts = self.recipe["dropout"], []
         left_out = self.recipe.get("weight_dropout", 0.0)
         weight = F.dropout(self.encoder.recurrent_weight, left_out, self.training)
@@ -99,14 +99,10 @@ class RecurrentLMModule(L.LightningModule):
                 state = self.encoder.advance(state, drive, weight)
                 contexts.append(state)
         hidden = F.dropout(torch.stack(contexts, dim=1), dropout, self.training).flatten(0, 1)
-        parts = zip(hidden.split(LOGITS_AT_A_TIME), batch.targets.flatten().split(LOGITS_AT_A_TIME), strict=True)
-        # No dropout inside: what is computed again needs no random numbers of before.
-        nll = [checkpoint(self._nll, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-        return torch.cat(nll), state
-
-    def _nll(self, contexts: Tensor, targets: Tensor) -> Tensor:
-        projected = self.projection(contexts) * self.table.shape[1] ** -0.5
-        return F.cross_entropy(projected @ self.table.T + self.bias, targets, reduction="none")
+        wanted = self.projection(hidden) * self.table.shape[1] ** -0.5
+        silent = torch.zeros(len(hidden), device=hidden.device)  # no other voice has a share
+        total, nll = mixed_cross_entropy(wanted, self.table, self.bias, batch.targets.flatten(), silent, silent)
+        return total, nll, state
 
     def on_train_epoch_end(self) -> None:
         perplexity = float((self._total / self._count).exp())

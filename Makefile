@@ -67,15 +67,14 @@ results: $(STAMP) ## Train every model and sweep, hours on two cores; what is fi
 	$(BIN)/python -m benchmarks.findings outputs/results
 
 BEST := $(BIN)/python train.py -m experiment=best
-TAUGHT := pretrain.lm_epochs=8 pretrain.lm_weight_dropout=0.5
 OUT := hydra.sweep.dir=outputs/results
 
 results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it alone, five hours on two cores; RESULTS.md is made anew
 	$(BEST) seed=42,1,2 $(OUT)/best
-	$(BEST) seed=42,1,2 recipe.read_current=false model=sliding_window,transformer $(OUT)/best-rivals
+	$(BEST) seed=42,1,2 model=sliding_window,transformer $(OUT)/best-rivals
 	$(BEST) seed=42,1,2 model=recurrence recipe.pointer_window=602 $(OUT)/best-rivals
-	$(BEST) seed=42,1,2 recipe.read_current=false model=sliding_window model.window_tokens=25 recipe.pointer_window=310 $(OUT)/equal-bytes
-	$(BEST) seed=42,1,2 recipe.read_current=false model=sliding_window model.window_tokens=9 recipe.pointer_window=500 $(OUT)/equal-bytes
+	$(BEST) seed=42,1,2 model=sliding_window model.window_tokens=25 recipe.pointer_window=310 $(OUT)/equal-bytes
+	$(BEST) seed=42,1,2 model=sliding_window model.window_tokens=9 recipe.pointer_window=500 $(OUT)/equal-bytes
 	$(BEST) seed=42,1,2 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/without-pointer
 	$(BEST) seed=42,1,2 recipe.ngram=false $(OUT)/without-ngram
 	$(BEST) recipe.pointer_heads=0 recipe.pointer_values=false recipe.ngram=false $(OUT)/without-both
@@ -89,29 +88,14 @@ results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it
 	$(BEST) recipe.embedding_dropout=0 recipe.output_dropout=0 model.dropout=0.1 $(OUT)/without-dropout
 	$(BEST) model.layers=1 $(OUT)/without-deeper-layers
 	$(BEST) model.local_window=null $(OUT)/without-local-layers
-	$(BEST) interval=1 max_contexts=1 $(OUT)/without-attention-to-contexts
+	$(BEST) seed=42,1,2 interval=1 max_contexts=1 $(OUT)/without-attention-to-contexts
 	$(BEST) interval=20 $(OUT)/without-intervals
 	$(BEST) selection=grid $(OUT)/with-grid
 	$(BEST) train.batch_tokens=8880 $(OUT)/without-small-batch
 	$(BEST) train.schedule=constant train.warmup_steps=0 $(OUT)/without-schedule
-	$(BEST) pretrain.max_iterations=1 $(OUT)/without-phase-one
-	$(BEST) seed=42,1,2 pretrain.lm_epochs=4 $(OUT)/best-taught
-	$(BEST) $(TAUGHT) seed=42,1,2 model=context_kv,sliding_window,transformer $(OUT)/best-taught
-	$(BEST) $(TAUGHT) seed=42,1,2 model=recurrence recipe.pointer_window=602 $(OUT)/best-taught
-	$(BEST) $(TAUGHT) seed=42,1,2 model=sliding_window model.window_tokens=25 recipe.pointer_window=310 $(OUT)/best-taught
-	$(BEST) $(TAUGHT) seed=42,1,2 model=sliding_window model.window_tokens=9 recipe.pointer_window=500 $(OUT)/best-taught
-	$(BEST) $(TAUGHT) seed=42,1 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/taught-levers
-	$(BEST) $(TAUGHT) recipe.ngram=false $(OUT)/taught-levers
-	$(BEST) $(TAUGHT) recipe.context_dropout=0 $(OUT)/taught-levers
-	$(BEST) $(TAUGHT) model.local_window=null $(OUT)/taught-levers
-	$(BEST) $(TAUGHT) seed=42,1,2 interval=1 max_contexts=1 $(OUT)/taught-levers
-	$(BEST) $(TAUGHT) recipe.pointer_heads=0 recipe.pointer_values=false recipe.ngram=false $(OUT)/taught-levers
-	$(BEST) $(TAUGHT) recipe.pointer_values=false $(OUT)/taught-levers
-	$(BEST) $(TAUGHT) recipe.read_current=false $(OUT)/taught-levers
-	$(BEST) $(TAUGHT) recipe.apart=false $(OUT)/taught-levers
-	$(BEST) $(TAUGHT) model.layers=1 $(OUT)/taught-levers
-	$(BEST) $(TAUGHT) interval=20 $(OUT)/taught-levers
-	$(BEST) $(TAUGHT) selection=grid $(OUT)/taught-levers
+	$(BEST) pretrain.max_iterations=1 $(OUT)/one-iteration
+	$(BEST) seed=42,1,2 pretrain.lm_epochs=0 $(OUT)/without-teaching
+	$(BEST) seed=42,1,2 pretrain.lm_epochs=4 pretrain.lm_weight_dropout=0 $(OUT)/taught-briefly
 	$(BEST) samples=500 seed=42,1,2 $(OUT)/best-500
 	$(BEST) samples=500 seed=42,1,2 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/without-pointer-500
 	$(BIN)/python -m benchmarks.findings outputs/results

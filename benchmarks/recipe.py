@@ -4,10 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.recipe_runs import (
-    LEVERS,
     RIVALS,
-    TAUGHT,
-    TAUGHT_MODELS,
     Key,
     Published,
     Run,
@@ -29,9 +26,7 @@ def section(runs: Sequence[Run], published: Published, patient: Published) -> li
     found = groups(runs)
     if not of(found):
         return []
-    parts = ["## The recipe: `experiment=best`", INTRODUCTION, model_table(found, {"context_kv": {}, **RIVALS})]
-    if of(found, **TAUGHT):
-        parts += ["### With an encoder that was also taught to predict", TAUGHT_ARE, model_table(found, TAUGHT_MODELS)]
+    parts = ["## The recipe: `experiment=best`", INTRODUCTION, model_table(found)]
     if lever_rows(found):
         parts += ["### Every lever alone, seed 42", LEVERS_ARE, lever_table(found)]
     parts += ["### What the recipe says", numbered([*sentences(found, published, patient), *on_chats(runs)])]
@@ -39,28 +34,20 @@ def section(runs: Sequence[Run], published: Published, patient: Published) -> li
 
 
 INTRODUCTION = (
-    "The same extras for every model: pre-norm, trained embedding, projection, dropouts, schedule, pointer, a voice "
-    "for counting, a head that learns apart from both, and four layers, with the settings that were found for "
-    "`context_kv` by about sixty short runs of one seed, chosen on the validation set alone; the rivals were not tuned "
-    "further, which favours `context_kv`. Its first layer reads contexts, the others what the layer before them made "
-    "of the last eight tokens; all layers of a rival are of its own kind, and each that attends to tokens keeps keys "
-    "and values of its own. One extra is not shared: `context_kv` reads the current context beside its attention, "
-    "which `recurrence` does in place of one, and models that attend to tokens do in the next table alone. Made by "
-    "`make results-best`; [side by side](docs/results/best/report.md)."
+    "The same extras for every model: an encoder that was also taught to predict, pre-norm, trained embedding, "
+    "projection, dropouts, schedule, pointer, a direct read of the current context, a voice for counting, a head that "
+    "learns apart from both, and four layers, with the settings that were found for `context_kv` by about eighty short "
+    "runs of one seed, chosen on the validation set alone; the rivals were not tuned further, which favours "
+    "`context_kv`. Its first layer reads contexts, the others what the layer before them made of the last eight "
+    "tokens; all layers of a rival are of its own kind, and each that attends to tokens keeps keys and values of its "
+    "own. Made by `make results-best`; [side by side](docs/results/best/report.md)."
 )
-TAUGHT_ARE = (
-    f"`{' '.join(f'{key}={value}' for key, value in TAUGHT.items())}`, no part of the recipe yet, chosen on the "
-    "validation set with `context_kv`: the same encoder for every model, whose pointer points at its contexts, and "
-    "every model reads the current one directly. No extra is left that a rival does not have."
-)
-LEVERS_ARE = (
-    "What the validation PPL becomes when one thing is done to the recipe, and nothing but what the row says; the last "
-    "two columns are of the same with a taught encoder, as in the table above, where that was run."
-)
+LEVERS_ARE = "What the validation PPL becomes when one thing is done to the recipe, and nothing but what the row says."
 
 
-def model_table(found: dict[Key, list[Run]], models: dict[str, dict[str, Any]]) -> str:
+def model_table(found: dict[Key, list[Run]]) -> str:
     """A row per model and number of samples."""
+    models: dict[str, dict[str, Any]] = {"context_kv": {}, **RIVALS}
     rows = []
     for samples in ("100", "500"):
         more = {} if samples == "100" else {"samples": samples}
@@ -95,21 +82,11 @@ def cells(runs: Sequence[Run]) -> list[str]:
 
 def lever_table(found: dict[Key, list[Run]]) -> str:
     """A row for each lever that was taken out, the recipe itself last."""
-    own, taught = first_seed(found) or of(found)[:1], first_seed(found, **TAUGHT)
-    base, rows = mean(own), []
-    for ppl, name, runs in lever_rows(found):
-        also = first_seed(found, **{**TAUGHT, **LEVERS[name]}) if "pretrain.lm_epochs" not in LEVERS[name] else []
-        rows.append([name, f"{ppl:.1f}", f"{ppl / base:.3f} ×", *sizes(runs[0]), *against(also, taught)])
-    rows.append(["the recipe", f"{base:.1f}", "1", *sizes(own[0]), *against(taught, taught)])
-    head = ["", "val. PPL", "against the recipe", "bytes kept", "trained parameters", "taught", "against the taught"]
-    return markdown(head, rows, left=1)
-
-
-def against(runs: Sequence[Run], base: Sequence[Run]) -> list[str]:
-    """The validation PPL of runs, and its ratio to that of others; blank where there are none."""
-    if not runs or not base:
-        return ["", ""]
-    return [f"{mean(runs):.1f}", "1" if runs is base else f"{mean(runs) / mean(base):.3f} ×"]
+    own = first_seed(found) or of(found)[:1]
+    base = mean(own)
+    rows = [[name, f"{ppl:.1f}", f"{ppl / base:.3f} ×", *sizes(runs[0])] for ppl, name, runs in lever_rows(found)]
+    rows.append(["the recipe", f"{base:.1f}", "1", *sizes(own[0])])
+    return markdown(["", "val. PPL", "against the recipe", "bytes kept", "trained parameters"], rows, left=1)
 
 
 def sizes(run: Run) -> list[str]:

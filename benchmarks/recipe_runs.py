@@ -15,17 +15,17 @@ from ctxkv_lightning.door import check_command_line
 Run = dict[str, Any]
 """The content of a metrics.json."""
 
-APART = ("seed", "cache_dir", "resume", "init_from", "trainer.enable_progress_bar")
+APART = ("seed", "cache_dir", "resume", "trainer.enable_progress_bar")
 """Keys by which runs of one kind differ."""
 
-FIRST_LAYER, CONTEXT_LAYERS = "with its first layer alone", "with layers that all read contexts"
+LAYERS = ("with its first layer alone", "with layers that all read contexts")
 NO_CONTEXTS = "with no context but the current one for attention"
 
-TAUGHT: dict[str, Any] = {"pretrain.lm_epochs": 8, "pretrain.lm_weight_dropout": 0.5}
-"""An encoder that was also taught to predict, before its contexts were stored."""
+UNTAUGHT: dict[str, Any] = {"pretrain.lm_epochs": 0}
+"""Contexts of an encoder that OACD alone has trained."""
 
-TAUGHT_BRIEFLY: dict[str, Any] = {"pretrain.lm_epochs": 4}
-"""The same for half as long, by all of its weights."""
+TAUGHT_BRIEFLY: dict[str, Any] = {"pretrain.lm_epochs": 4, "pretrain.lm_weight_dropout": 0.0}
+"""Contexts of one that was taught to predict for half as long, by all of its weights."""
 
 LEVERS: dict[str, dict[str, Any]] = {
     "without the pointer": {"recipe.pointer_heads": 0, "recipe.pointer_values": False},
@@ -41,8 +41,8 @@ LEVERS: dict[str, dict[str, Any]] = {
     "without a trained embedding": {"recipe.train_embedding": False},
     "without a projection before the head, and its bias": {"recipe.projection": False},
     "with norms after the layers (and no dropout in the feed-forward layer)": {"recipe.norm": "post"},
-    FIRST_LAYER: {"model.layers": 1},
-    CONTEXT_LAYERS: {"model.local_window": None},
+    LAYERS[0]: {"model.layers": 1},
+    LAYERS[1]: {"model.local_window": None},
     NO_CONTEXTS: {"interval": 1, "max_contexts": 1},
     "without dropout of contexts": {"recipe.context_dropout": 0.0},
     "with the published dropout alone": {
@@ -52,9 +52,9 @@ LEVERS: dict[str, dict[str, Any]] = {
     },
     "with one interval of 20": {"interval": 20},
     "with the grid (fewer contexts for attention)": {"selection": "grid"},
-    "with an encoder after one iteration of Phase 1": {"pretrain.max_iterations": 1},
-    "with an encoder that was also taught to predict (four epochs)": TAUGHT_BRIEFLY,
-    "with an encoder taught so for eight epochs, half of its recurrent weights left out": TAUGHT,
+    "with an encoder that OACD trained for one iteration before it was taught": {"pretrain.max_iterations": 1},
+    "with an encoder that was not taught to predict": UNTAUGHT,
+    "with an encoder taught for half as long, and by all of its weights": TAUGHT_BRIEFLY,
     "with the published steps of 8,880 tokens (the warm-up takes the first epoch)": {"train.batch_tokens": 8880},
     "with a constant learning rate (and everything decaying)": {"train.schedule": "constant", "train.warmup_steps": 0},
 }
@@ -67,23 +67,14 @@ MOST: dict[str, Any] = {"model.name": "sliding_window", "model.window_tokens": 9
 A recurrence has room for more of the pointer's contexts, keeping no others.
 """
 
-UNREAD = {"recipe.read_current": False}
-"""The current context is not read beside attention, as it is by the recipe."""
-
 RIVALS: dict[str, dict[str, Any]] = {
-    "transformer": {"model.name": "transformer", **UNREAD},
-    "sliding_window": {"model.name": "sliding_window", **UNREAD},
-    "sliding_window, half for its pointer": {**HALVES, **UNREAD},
-    "sliding_window, most for its pointer": {**MOST, **UNREAD},
+    "transformer": {"model.name": "transformer"},
+    "sliding_window": {"model.name": "sliding_window"},
+    "sliding_window, half for its pointer": HALVES,
+    "sliding_window, most for its pointer": MOST,
     "recurrence": {"model.name": "recurrence", "recipe.pointer_window": 602},
 }
 """Other models with the same extras, and the keys that choose them."""
-
-TAUGHT_MODELS: dict[str, dict[str, Any]] = {
-    name: {**{key: value for key, value in changed.items() if key not in UNREAD}, **TAUGHT}
-    for name, changed in {"context_kv": {}, **RIVALS}.items()
-}
-"""Ours and the same models, all with a taught encoder, of which all read the current context directly."""
 
 Key = tuple[tuple[str, Any], ...]
 Published = Mapping[int, Sequence[Run]]
@@ -98,6 +89,8 @@ def groups(runs: Sequence[Run]) -> dict[Key, list[Run]]:
         if not has_recipe(run) or run["config"]["data"]["source"] != base["data.source"]:
             continue
         own = {**plain, **flat(run["config"])}  # a key that came later was as it comes
+        if not own["pretrain.lm_epochs"]:
+            own["pretrain.lm_weight_dropout"] = base["pretrain.lm_weight_dropout"]  # which nothing reads
         changed = tuple(
             sorted((key, str(own.get(key))) for key in base if key not in APART and own.get(key) != base[key])
         )

@@ -5,14 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.recipe_runs import (
-    CONTEXT_LAYERS,
-    FIRST_LAYER,
+    LAYERS,
     LEVERS,
     NO_CONTEXTS,
     RIVALS,
-    TAUGHT,
     TAUGHT_BRIEFLY,
-    TAUGHT_MODELS,
+    UNTAUGHT,
     Key,
     Published,
     Run,
@@ -42,7 +40,7 @@ def sentences(found: dict[Key, list[Run]], published: Published, patient: Publis
         *best_of_all(found),
         *worth_of_layers(found),
         *worth_of_levers(found),
-        *with_a_taught_encoder(found, published),
+        *worth_of_teaching(found),
         *time_and_text(found, published),
     ]
 
@@ -162,21 +160,30 @@ def against_rivals(found: dict[Key, list[Run]]) -> list[str]:
 
 def worth_of_layers(found: dict[Key, list[Run]]) -> list[str]:
     """What the local layers add, and what attention to contexts adds beside them."""
-    alone, contexts, bare = (first_seed(found, **LEVERS[name]) for name in (FIRST_LAYER, CONTEXT_LAYERS, NO_CONTEXTS))
-    own = first_seed(found)
-    if not (alone and contexts and bare and own):
-        return []
-    base = mean(own)
-    worth = mean(bare) / base
-    said = (
-        "adds nothing that this text shows" if worth < 1.01 else f"is still worth something (without it, {worth:.3f} ×)"
-    )
-    return [
-        f"The first layer alone is at a validation PPL of {mean(alone):.1f}, four that all read the same contexts at "
-        f"{mean(contexts):.1f}, one and three local ones at {base:.1f}; with no context but the current one in reach "
-        f"of the first, it is {mean(bare):.1f} (one seed): beside a pointer over the same contexts and layers over the "
-        f"last few tokens, attention to contexts {said}."
-    ]
+    said, own = [], first_seed(found)
+    alone, contexts = (first_seed(found, **LEVERS[name]) for name in LAYERS)
+    if alone and contexts and own:
+        said.append(
+            f"The first layer alone is at a validation PPL of {mean(alone):.1f}, four that all read the same contexts "
+            f"at {mean(contexts):.1f}, one and three local ones at {mean(own):.1f} (one seed)."
+        )
+    own, bare = of_the_same_seeds(of(found), of(found, **LEVERS[NO_CONTEXTS]))
+    if bare:
+        ratio = mean(bare) / mean(own)
+        said.append(
+            "Beside a pointer over the same contexts and layers over the last few tokens, attention to contexts is "
+            f"worth {'something' if ratio > 1.01 else 'nothing that this text shows'}: with the current one alone in "
+            f"reach of the first layer, validation PPL is {ratio:.3f} × ({spread(bare)} against {spread(own)}, "
+            f"{seeds(bare)})."
+        )
+    return said
+
+
+def of_the_same_seeds(own: list[Run], others: list[Run]) -> tuple[list[Run], list[Run]]:
+    """Of two lists, the runs with a seed that both have."""
+    both = {run["config"]["seed"] for run in own} & {run["config"]["seed"] for run in others}
+    first, second = ([run for run in runs if run["config"]["seed"] in both] for runs in (own, others))
+    return first, second
 
 
 def worth_of_levers(found: dict[Key, list[Run]]) -> list[str]:
@@ -186,42 +193,30 @@ def worth_of_levers(found: dict[Key, list[Run]]) -> list[str]:
     if rows:
         base = mean(first_seed(found) or best)
         worth = ", ".join(f"{name} ({ppl / base:.2f} ×)" for ppl, name, _ in rows[:3])
-        idle = [name for ppl, name, _ in rows if ppl < 1.01 * base and "pretrain.lm_epochs" not in LEVERS[name]]
+        idle = [name for ppl, name, _ in rows if ppl < 1.01 * base]
         said.append(f"What harms the recipe most, of the changes in the table, is to train it {worth}; one seed each.")
         if idle:
             said.append(f"To train it {', or '.join(idle)} costs less than 1 % or helps (one seed).")
     return said
 
 
-def with_a_taught_encoder(found: dict[Key, list[Run]], published: Published) -> list[str]:
-    """What contexts of an encoder that was taught to predict are worth, to the recipe and beside rivals with them."""
-    taught, briefly, theirs = of(found, **TAUGHT), of(found, **TAUGHT_BRIEFLY), published.get(100, [])
-    if not taught:
+def worth_of_teaching(found: dict[Key, list[Run]]) -> list[str]:
+    """What it is worth that the encoder was taught to predict before its contexts were stored."""
+    own, plain = of_the_same_seeds(of(found), of(found, **UNTAUGHT))
+    briefly = of(found, **TAUGHT_BRIEFLY)
+    if not plain:
         return []
-    test = mean(taught, "test_ppl")
-    against_theirs = f", {test / mean(theirs, 'test_ppl'):.3f} × the published one's" if theirs else ""
+    ratio, epochs = mean(plain, "test_ppl") / mean(own, "test_ppl"), settings()["pretrain.lm_epochs"]
     for_less = (
-        f"; half as long and by all of its weights, at {spread(briefly, 'test_ppl')} ({seeds(briefly)})"
+        f" Taught for half as long, by all of its weights, it brings {spread(briefly, 'test_ppl')} ({seeds(briefly)})."
         if briefly
         else ""
     )
-    said = [
-        f"With contexts of an encoder that was also taught to predict for {TAUGHT['pretrain.lm_epochs']} epochs, half "
-        "of its recurrent weights left out of each batch (weight dropping, Merity, Keskar & Socher, 2018), it is at a "
-        f"test PPL of {spread(taught, 'test_ppl')} ({seeds(taught)}), {test / mean(of(found), 'test_ppl'):.3f} × that "
-        f"without{against_theirs}{for_less}."
+    return [
+        f"Its encoder is also taught to predict for {epochs} epochs, half of its recurrent weights left out of each "
+        "batch (weight dropping, Merity, Keskar & Socher, 2018). With one that was not, the recipe is at a test PPL of "
+        f"{spread(plain, 'test_ppl')} ({seeds(plain)}), {ratio:.3f} × as high.{for_less}"
     ]
-    alone = of(found, **TAUGHT, **LEVERS[NO_CONTEXTS])
-    kept = [run for run in taught if run["config"]["seed"] in [other["config"]["seed"] for other in alone]]
-    if alone and kept:
-        ratio = mean(alone) / mean(kept)
-        said.append(
-            f"To such contexts attention is worth {'something' if ratio > 1.01 else 'nothing that this text shows'}: "
-            f"with the current one alone in reach, validation PPL is {ratio:.3f} × ({spread(alone)} against "
-            f"{spread(kept)}, {seeds(alone)})."
-        )
-    each = [(of(found, **TAUGHT_MODELS[name]), f"{name}, taught", bound, words) for name, bound, words in RIVALS_ARE]
-    return [*said, *(against(taught, rival, *rest) for rival, *rest in each if rival)]
 
 
 def time_and_text(found: dict[Key, list[Run]], published: Published) -> list[str]:
@@ -231,10 +226,13 @@ def time_and_text(found: dict[Key, list[Run]], published: Published) -> list[str
         [run for run in runs if run["machine"]["device"] == "cpu"] for runs in (best, published.get(100, []))
     )
     if on_cpu and alike:
-        own, theirs = (statistics.mean(run["seconds"]["train"] for run in runs) for runs in (on_cpu, alike))
+        own, theirs = (
+            statistics.mean(run["pretrain"]["seconds"] + run["seconds"]["train"] for run in runs)
+            for runs in (on_cpu, alike)
+        )
         said.append(
-            f"Phase 2 took {own:.0f} s with the recipe, {theirs:.0f} s without it ({own / theirs:.2f} ×), one thread "
-            "each, not side by side, on machines that had other work too."
+            f"Both phases took {own:.0f} s with the recipe, {theirs:.0f} s without it ({own / theirs:.2f} ×; "
+            f"{verdict(own / theirs, 3.0)}), one thread each, not side by side, on machines that had other work too."
         )
     last = [run["train"]["epochs"][-1] for run in best]
     train, val = (statistics.mean(epoch[f"{name}_ppl"] for epoch in last) for name in ("train", "val"))
@@ -249,7 +247,7 @@ def time_and_text(found: dict[Key, list[Run]], published: Published) -> list[str
 def on_chats(runs: Sequence[Run]) -> list[str]:
     """The recipe, untouched, against the published model on conversations of UltraChat."""
     chats = [run for run in runs if run["config"]["data"]["source"] == "jsonl"]
-    recipe = {key: value for key, value in settings().items() if key.startswith("recipe.")}
+    recipe = {key: value for key, value in settings().items() if key.startswith(("recipe.", "pretrain."))}
     best = [run for run in chats if has_recipe(run) and recipe.items() <= flat(run["config"]).items()]
     theirs = [run for run in chats if not has_recipe(run)]
     if not best or not theirs:
@@ -266,13 +264,13 @@ def on_chats(runs: Sequence[Run]) -> list[str]:
 def best_of_all(found: dict[Key, list[Run]]) -> list[str]:
     """Which model does best with the extras, by validation PPL, where that is not the recipe's own."""
     models = {name: of(found, **changed) for name, changed in RIVALS.items()}
-    ranked = sorted((mean(runs), model) for model, runs in models.items() if runs)
+    ranked = sorted((mean(runs), name) for name, runs in models.items() if runs)
     if not ranked or ranked[0][0] >= mean(of(found)):
         return []
+    name = ranked[0][1]
     return [
-        f"So `{ranked[0][1]}` with the pointer is the best of these on the validation set ({ranked[0][0]:.1f} against "
-        f"{mean(of(found)):.1f}): once a pointer reads all contexts that are kept, attention to some of them adds "
-        "parameters, not memory."
+        f"`{name}` with the same extras is the best of these on the validation set ({spread(models[name])} against "
+        f"{spread(of(found))})."
     ]
 
 
@@ -280,9 +278,8 @@ def against(best: list[Run], rival: list[Run], name: str, bound: float, words: s
     """How the recipe does against a rival with the same extras, of which at most `bound` × was asked for."""
     ratio = mean(best, "test_ppl") / mean(rival, "test_ppl")
     kept, theirs = (runs[0]["decode_state"]["bytes"]["10000"] for runs in (best, rival))
-    but = "" if rival[0]["config"]["recipe"]["read_current"] else " but the direct read"
     return (
-        f"Against `{name}` with the same extras{but} ({words}; {theirs:,} bytes kept against {kept:,}), test PPL is "
+        f"Against `{name}` with the same extras ({words}; {theirs:,} bytes kept against {kept:,}), test PPL is "
         f"{ratio:.3f} × ({spread(best, 'test_ppl')} against {spread(rival, 'test_ppl')}, "
         f"{seeds(rival)}; {verdict(ratio, bound)})."
     )

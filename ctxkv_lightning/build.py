@@ -107,12 +107,15 @@ def read_corpus(config: Config) -> Corpus:
 
 
 def build_pydocs(config: Config) -> list[Document]:
-    """The documentation of this Python, parsed once; as often as it changes."""
+    """The documentation of this Python, parsed once for each state of it; every time where the cache is read-only."""
 
     def build(folder: Path) -> None:
         (folder / "documents.json").write_text(json.dumps(read_pydocs()))
 
-    store = get_or_build(config.cache_dir, "pydocs", pydocs_state(), build)
+    try:
+        store = get_or_build(config.cache_dir, "pydocs", pydocs_state(), build)
+    except UserError:  # a cache with all else that a run needs is of use without it
+        return read_pydocs()
     return [Document(*pair) for pair in json.loads((store.path / "documents.json").read_text())]
 
 

@@ -149,6 +149,15 @@ def test_the_same_run_again_reuses_every_store_and_gives_the_same_numbers(finish
     assert same[0] == same[1]
 
 
+def test_a_cache_that_has_all_but_the_documents_and_cannot_be_written_will_do(monkeypatch):
+    def unwritable(root, kind, key, build):
+        assert kind == "pydocs"
+        raise UserError("the cache folder cannot be written")
+
+    monkeypatch.setattr(build, "get_or_build", unwritable)
+    assert build.build_pydocs(SMALL) == build.read_pydocs()
+
+
 def test_a_run_that_differs_in_the_window_reuses_phase_one_and_contexts(finished, tmp_path):
     _, config = finished
     pipeline.run_experiment(replace(config, interval=7, max_contexts=2, heads=4, embeddings="tokens"), tmp_path / "two")

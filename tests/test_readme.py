@@ -172,7 +172,7 @@ def speed_rows() -> list[list[str]]:
         ],
         ["exact contexts against the loop, 122,794 tokens", "15 ×", f"{of['contexts']['ratio']['median']:.0f} ×"],
         [
-            "time to the published method's best validation PPL, whole pipeline: by the recipe",
+            "time to the published method's best validation PPL, whole pipeline: by the recipe, its encoder not taught",
             "8 ×",
             f"{quality['recipe']['ratio']:.1f} ×",
         ],

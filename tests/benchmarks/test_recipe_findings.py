@@ -27,7 +27,7 @@ def runs():
     return [
         *(made(ppl, seed=seed) for ppl, seed in ((40.0, 42), (50.0, 1), (60.0, 2))),
         made(60.0, "model=recurrence", "recipe.pointer_window=602"),
-        made(20.0, "model=transformer", "recipe.read_current=false"),
+        made(20.0, "model=transformer"),
         made(150.0, "recipe.pointer_heads=0", "recipe.pointer_values=false"),
         made(55.0, "recipe.ngram=false"),
         made(80.0, "recipe.pointer_heads=0", "recipe.pointer_values=false", "samples=500"),
@@ -74,7 +74,7 @@ def test_levers_stand_by_what_they_are_worth_against_the_same_seed(runs):
 
 
 @pytest.mark.parametrize(
-    ("ppl", "verdict"), [(39.0, "adds nothing that this"), (44.0, "something (without it, 1.100 ×)")]
+    ("ppl", "verdict"), [(40.1, "worth nothing that this text shows"), (44.0, "worth something: with the current")]
 )
 def test_what_layers_are_worth_is_said_as_it_is(runs, ppl, verdict):
     assert recipe_sentences.worth_of_layers(recipe_runs.groups(runs)) == []
@@ -83,10 +83,13 @@ def test_what_layers_are_worth_is_said_as_it_is(runs, ppl, verdict):
         made(46.0, "model.local_window=null"),
         made(ppl, "interval=1", "max_contexts=1"),
     ]
-    (said,) = recipe_sentences.worth_of_layers(recipe_runs.groups([*runs, *more]))
-    assert "alone is at a validation PPL of 48.0, four that all read the same contexts at 46.0, one and three" in said
-    assert f"local ones at 40.0; with no context but the current one in reach of the first, it is {ppl}" in said
-    assert verdict in said
+    layers, contexts = recipe_sentences.worth_of_layers(recipe_runs.groups([*runs, *more]))
+    assert "alone is at a validation PPL of 48.0, four that all read the same contexts at 46.0, one and three" in layers
+    assert "local ones at 40.0 (one seed)" in layers
+    assert verdict in contexts
+    assert (
+        f"validation PPL is {ppl / 40:.3f} × ({ppl} against 40.0, one seed)" in contexts
+    )  # of the seed that both have
 
 
 def test_sentences_follow_the_numbers(runs):
@@ -137,9 +140,18 @@ def test_a_bound_that_is_missed_by_less_than_is_shown_is_said_to_be():
 def test_times_are_compared_on_one_kind_of_machine(runs):
     plain = published(runs[0])
     plain[100][0]["machine"]["device"] = runs[0]["machine"]["device"]
-    assert any("Phase 2 took" in line for line in recipe_sentences.sentences(recipe_runs.groups(runs), plain, {}))
+    plain[100][0]["seconds"] = {**plain[100][0]["seconds"], "train": 100.0}
+    plain[100][0]["pretrain"] = {**plain[100][0]["pretrain"], "seconds": 20.0}
+    for run in runs[:3]:
+        run["seconds"]["train"], run["pretrain"]["seconds"] = 300.0, 72.0
+    said = recipe_sentences.sentences(recipe_runs.groups(runs), plain, {})
+    assert any(
+        "took 372 s with the recipe, 120 s without it (3.10 ×; at most 3.0 was asked for, and" in s for s in said
+    )
     plain[100][0]["machine"] = {**plain[100][0]["machine"], "device": "cuda:0"}
-    assert not any("Phase 2 took" in line for line in recipe_sentences.sentences(recipe_runs.groups(runs), plain, {}))
+    assert not any(
+        "Both phases took" in line for line in recipe_sentences.sentences(recipe_runs.groups(runs), plain, {})
+    )
 
 
 def test_other_changes_and_repeated_seeds_are_no_levers(runs):
@@ -186,38 +198,38 @@ def test_conversations_have_a_sentence_and_are_in_no_table(runs):
     assert recipe_sentences.on_chats([*runs, *chats, other]) == [said]  # of the recipe as it is, not as it was
 
 
-TAUGHT = ("pretrain.lm_epochs=8", "pretrain.lm_weight_dropout=0.5")
+def test_what_teaching_is_worth_is_said_of_the_seeds_that_both_have(runs):
+    assert recipe_sentences.worth_of_teaching(recipe_runs.groups(runs)) == []
+    plain = [made(ppl, "pretrain.lm_epochs=0", seed=seed) for ppl, seed in ((52.0, 42), (56.0, 1), (99.0, 7))]
+    (said,) = recipe_sentences.worth_of_teaching(recipe_runs.groups([*runs, *plain]))
+    assert "for 8 epochs, half of" in said
+    assert said.endswith("at a test PPL of 108.0 ± 5.7 (2 seeds), 1.200 × as high.")
+    less = made(55.0, "pretrain.lm_epochs=4", "pretrain.lm_weight_dropout=0")
+    (said,) = recipe_sentences.worth_of_teaching(recipe_runs.groups([*runs, *plain, less]))
+    assert said.endswith("1.200 × as high. Taught for half as long, by all of its weights, it brings 110.0 (one seed).")
 
 
-def test_what_a_taught_encoder_is_worth_is_said_beside_the_rivals_that_have_it(runs):
-    def said(*more):
-        return recipe_sentences.with_a_taught_encoder(recipe_runs.groups([*runs, *more]), published(runs[0]))
-
-    assert said() == []
-    ours, less = made(45.0, *TAUGHT), made(47.0, "pretrain.lm_epochs=4")
-    (alone,) = said(ours)
-    assert "test PPL of 90.0 (one seed), 0.900 × that without, 0.225 × the published one's." in alone
-    assert "half as long and by all of its weights, at 94.0 (one seed)" in said(ours, less)[0]
-    rival = made(50.0, *TAUGHT, "model=recurrence", "recipe.pointer_window=602")
-    _, against = said(ours, rival)
-    assert "`recurrence, taught` with the same extras (the current" in against
-    assert "0.900 × (90.0 against 100.0, one seed; at most 0.97 was asked for)" in against
-    assert "missed" in said(made(49.0, *TAUGHT), rival)[1]
-    for ppl, worth in ((45.1, "worth nothing that"), (50.0, "worth something")):
-        bare = made(ppl, *TAUGHT, "interval=1", "max_contexts=1")
-        assert worth in said(ours, made(90.0, *TAUGHT, seed=1), bare)[1]  # of the seeds that both have
+@pytest.mark.parametrize("ppl", [49.9, 50.1])
+def test_the_best_on_the_validation_set_is_named_where_it_is_a_rival(runs, ppl):
+    models = [*runs[:3], made(60.0, "model=recurrence", "recipe.pointer_window=602"), made(ppl, "model=transformer")]
+    said = recipe_sentences.best_of_all(recipe_runs.groups(models))
+    named = "`transformer` with the same extras is the best of these on the validation set (49.9 against 50.0 ± 10.0)."
+    assert said == ([named] if ppl < 50 else [])
 
 
-def test_a_taught_encoder_has_a_table_of_models_and_columns_among_the_levers(runs):
-    without = recipe.section(runs, published(runs[0]), {})
-    assert not any("also taught to predict" in part for part in without)
-    more = [made(30.0, *TAUGHT), made(33.0, *TAUGHT, "interval=20"), made(36.0, *TAUGHT, "model=transformer")]
-    parts = recipe.section([*runs, *more], published(runs[0]), {})
-    models = parts[parts.index("### With an encoder that was also taught to predict") + 2]
-    assert [line.split("|")[2].strip() for line in models.splitlines()[2:4]] == ["context_kv", "transformer"]
-    levers = parts[parts.index("### Every lever alone, seed 42") + 2].splitlines()
-    (one,) = [line for line in levers if line.startswith("| with one interval of 20 ")]
-    assert one.endswith("| 33.0 | 1.100 × |")
-    assert levers[-1].endswith("| 30.0 | 1 |")
-    (bare,) = [line for line in levers if line.startswith("| without counting ")]
-    assert bare.endswith("|  |  |")
+def test_a_run_from_other_weights_is_not_one_of_the_recipe(runs):
+    config = runs[0]["config"] | {"init_from": "somewhere"}
+    assert recipe_runs.of(recipe_runs.groups([{**runs[0], "config": config}])) == []
+
+
+def test_a_weight_dropout_that_nothing_reads_makes_no_other_runs(runs):
+    plain, idle = made(58.0, "pretrain.lm_epochs=0", "pretrain.lm_weight_dropout=0"), made(1.0, "pretrain.lm_epochs=0")
+    found = recipe_runs.groups([*runs, plain, idle])
+    assert recipe_runs.of(found, **recipe_runs.UNTAUGHT) == [plain]  # the first of two alike
+
+
+def test_conversations_are_those_of_the_recipe_as_it_is_taught(runs):
+    on_chats = ["data=jsonl", "tokenizer=gpt2", "samples=300", "data.files=[chats.jsonl]"]
+    chats = [made(90.0, *on_chats, "pretrain.lm_epochs=0"), made(100.0, *on_chats)]
+    chats[1]["config"]["embedding"]["dim"] = 768
+    assert recipe_sentences.on_chats([*runs, *chats]) == []

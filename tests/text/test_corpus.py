@@ -3,6 +3,8 @@
 import hashlib
 import os
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -55,6 +57,17 @@ def test_pydocs_are_always_the_same_and_import_nothing(pydocs):
     assert read_pydocs() == pydocs
     assert not (set(sys.modules) - loaded) & {document.name for document in pydocs}
     assert "antigravity" not in sys.modules
+
+
+def test_modules_are_those_that_a_look_at_every_path_finds():
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"test", "tests", "idle_test", "turtledemo", "_bundled", "encodings", "pydoc_data"}
+    expected = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if all(part.isidentifier() for part in parts) and not left_out & set(parts):
+            expected.append((path, ".".join(parts).removesuffix(".__init__")))
+    assert corpus._stdlib_modules(root) == expected
 
 
 def test_the_state_of_pydocs_changes_with_any_file_that_is_read_and_no_other(tmp_path, monkeypatch):

@@ -36,8 +36,8 @@ def section(runs: Sequence[Run], published: Published, patient: Published) -> li
 INTRODUCTION = (
     "The same extras for every model: an encoder that was also taught to predict, pre-norm, trained embedding, "
     "projection, dropouts, schedule, pointer, a direct read of the current context, a voice for counting, a head that "
-    "learns apart from both, and four layers, with the settings that were found for `context_kv` by about eighty short "
-    "runs of one seed, chosen on the validation set alone; the rivals were not tuned further, which favours "
+    "learns apart from both, and four layers, with the settings that were found for `context_kv` by short runs of one "
+    "seed, chosen on the validation set alone; the rivals were not tuned further, which favours "
     "`context_kv`. Its first layer reads contexts, the others what the layer before them made of the last eight "
     "tokens; all layers of a rival are of its own kind, and each that attends to tokens keeps keys and values of its "
     "own. Made by `make results-best`; [side by side](docs/results/best/report.md)."

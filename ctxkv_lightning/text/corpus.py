@@ -77,7 +77,7 @@ def read_pydocs() -> list[Document]:
 
 
 def pydocs_state() -> dict[str, Any]:
-    """What `read_pydocs` would read, told a hundred times faster: this Python, its files, their sizes and times.
+    """What `read_pydocs` would read, told without reading it: this Python, its files, their sizes and times.
 
     JSON. Where it is the same, so are the documents, as Python itself assumes when it reuses a compiled module; this
     module, which reads them, is part of it.

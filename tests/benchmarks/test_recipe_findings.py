@@ -87,9 +87,8 @@ def test_what_layers_are_worth_is_said_as_it_is(runs, ppl, verdict):
     assert "alone is at a validation PPL of 48.0, four that all read the same contexts at 46.0, one and three" in layers
     assert "local ones at 40.0 (one seed)" in layers
     assert verdict in contexts
-    assert (
-        f"validation PPL is {ppl / 40:.3f} × ({ppl} against 40.0, one seed)" in contexts
-    )  # of the seed that both have
+    # Of the seed that both have.
+    assert f"validation PPL is {ppl / 40:.3f} × ({ppl} against 40.0, one seed)" in contexts
 
 
 def test_sentences_follow_the_numbers(runs):

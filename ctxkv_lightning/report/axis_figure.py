@@ -1,5 +1,6 @@
 """PPL along one swept setting: seeds as spread, a line per combination of the others."""
 
+import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from ctxkv_lightning.report.drawing import GREY, INK, PAPER, Label, count, label_ends, plain, readable_log, single
-from ctxkv_lightning.report.groups import Axis, Line, Swept
+from ctxkv_lightning.report.groups import Axis, Group, Line, Measured, Swept
 from ctxkv_lightning.report.looks import HEIGHT, Drawn, Look, by_model, look, looks, mark, width_for
 from ctxkv_lightning.report.words import enumerated, phrases, written
 
@@ -35,13 +36,31 @@ def axis_figure(axis: Axis, swept: Swept, names: Mapping[str, str]) -> Drawn:
     readable_log(axes, lambda value: f"{value:,.8g}")
     for group in swept.references:
         axes.axhline(group.val_ppl.mean, color=look(group.model).colour, linewidth=1.2, dashes=(5, 3), zorder=1)
-    value, best = min((point for line in lines for point in line.points), key=lambda point: point[1].val_ppl.mean)
+    value, best = _lowest(lines)
     axes.set_title(f"{names[axis.key]}: lowest PPL {plain(best.val_ppl.mean)}, at {written(value)}")
     _name_lines(axes, swept, texts, styles, places)
     if len(lines) == 1:
         _write_values(axes, lines[0], places)
     name = "axis-" + axis.key.replace(".", "-")
     return Drawn(name, figure, axis_caption(axis, swept, names), figure.get_size_inches()[0] > 7.2)
+
+
+def _lowest(lines: Sequence[Line]) -> tuple[Any, Group]:
+    return min((point for line in lines for point in line.points), key=lambda point: point[1].val_ppl.mean)
+
+
+def _as_low(lines: Sequence[Line]) -> list[Any]:
+    """The values of the same line that seeds do not tell from the lowest."""
+    lowest, best = _lowest(lines)
+    line = next(line for line in lines if (lowest, best) in line.points)
+    return [value for value, group in line.points if value != lowest and not _apart(best.val_ppl, group.val_ppl)]
+
+
+def _apart(one: Measured, other: Measured) -> bool:
+    """Whether two standard deviations of their difference lie between them, as far as there are seeds to tell."""
+    if one.spread is None or other.spread is None:
+        return True
+    return abs(one.mean - other.mean) > 2 * math.hypot(one.spread, other.spread)
 
 
 def _texts_and_styles(lines: Sequence[Line], names: Mapping[str, str]) -> tuple[list[str], list[Look]]:
@@ -157,6 +176,9 @@ def axis_caption(axis: Axis, swept: Swept, names: Mapping[str, str]) -> str:
         sentences.append(f"Where only some have {own}, each point is the best of them.")
     if any(group.val_ppl.seeds > 1 for line in swept.lines for _, group in line.points):
         sentences.append("Small dots are single seeds, bars one standard deviation around their mean.")
+    if near := _as_low(swept.lines):
+        told = enumerated([written(value) for value in near])
+        sentences.append(f"Seeds do not tell {written(_lowest(swept.lines)[0])} from {told}.")
     if swept.left_out:
         sentences.append(f"Left out: {count(swept.left_out, 'combination')} with only one value of {name}.")
     if swept.references:

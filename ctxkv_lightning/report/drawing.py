@@ -59,6 +59,9 @@ Label = tuple[float, str, str]
 PointLabel = tuple[float, float, str, str]
 """Where a point lies (x and y, in data), what it is, its colour."""
 
+Steps = Sequence[tuple[float, float]]
+"""The corners of a step line (x and y, in data), which goes right before it goes up or down."""
+
 
 @contextmanager
 def styled() -> Iterator[None]:
@@ -155,18 +158,19 @@ def label_points(
     axes: Axes,
     labels: Sequence[PointLabel],
     points: Sequence[tuple[float, float]],
-    stairs: Sequence[tuple[float, float]],
+    paths: Sequence[Steps],
 ) -> None:
-    """Names some of the `points` (x, y) beside them, where they hide least of points, names and a step line."""
+    """Names some of the `points` (x, y) beside them, where they hide least of points, names and step lines."""
     figure = axes.figure
     assert isinstance(figure, Figure)
     figure.draw_without_rendering()  # only now does the layout say where points lie
     taken = [Bbox.from_extents(x - 9, y - 9, x + 9, y + 9) for x, y in axes.transData.transform(points)]
-    for (x0, y0), (x1, y1) in pairwise(axes.transData.transform(stairs)):
-        taken += [
-            Bbox.from_extents(x0, y0 - 1, x1, y0 + 1),
-            Bbox.from_extents(x1 - 1, min(y0, y1), x1 + 1, max(y0, y1)),
-        ]
+    for path in paths:
+        for (x0, y0), (x1, y1) in pairwise(axes.transData.transform(path)):
+            taken += [
+                Bbox.from_extents(x0, y0 - 1, x1, y0 + 1),
+                Bbox.from_extents(x1 - 1, min(y0, y1), x1 + 1, max(y0, y1)),
+            ]
     frame = axes.get_window_extent()
     for x, y, text, colour in labels:
         at = axes.transData.transform((x, y))
@@ -236,4 +240,4 @@ def plain(value: float) -> str:
     """Three digits or a whole number, without an exponent below a million."""
     if value >= 1e6:
         return f"{value:.2g}"
-    return f"{value:,.0f}" if value >= 100 or value == round(value) else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 99.95 or value == round(value) else f"{value:#.3g}"

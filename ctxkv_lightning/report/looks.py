@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ctxkv_lightning.report.drawing import MARKERS, PALETTE, PAPER, evenly
+from ctxkv_lightning.report.drawing import MARKERS, PALETTE, PAPER, Steps, evenly
 
 WIDTH, HEIGHT = 5.8, 4.1
 """Inches of an ordinary figure: two stand side by side on a wide screen."""
@@ -75,8 +75,8 @@ def look(model: str) -> Look:
 def mark(axes: Axes, x: float, y: float, style: Look, spread: float | None = None) -> None:
     """One point with its spread, rimmed so that it stands out from what lies below."""
     if spread:  # not as an errorbar, whose bars have a log axis reach down to 1
-        low = max(y - spread, y / 10)
-        axes.plot([x, x], [low, y + spread], marker="_", color=style.colour, linewidth=1.4, markersize=9, zorder=3)
+        ends = list(zip(*bar(x, y, spread), strict=True))
+        axes.plot(*ends, marker="_", color=style.colour, linewidth=1.4, markersize=9, zorder=3)
     axes.plot(
         x,
         y,
@@ -87,6 +87,11 @@ def mark(axes: Axes, x: float, y: float, style: Look, spread: float | None = Non
         markeredgewidth=0.8,
         zorder=5,
     )
+
+
+def bar(x: float, y: float, spread: float) -> Steps:
+    """The two ends of the bar that shows a point's spread."""
+    return [(x, max(y - spread, y / 10)), (x, y + spread)]
 
 
 def width_for(labels: Iterable[str]) -> float:

@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from ctxkv_lightning.report.drawing import GREY, INK, PointLabel, label_points, readable_log, single
+from ctxkv_lightning.report.drawing import GREY, INK, PointLabel, Steps, label_points, readable_log, single
 from ctxkv_lightning.report.groups import MISSING, Group
-from ctxkv_lightning.report.looks import HEIGHT, WIDTH, Drawn, look, mark
+from ctxkv_lightning.report.looks import HEIGHT, WIDTH, Drawn, bar, look, mark
 from ctxkv_lightning.report.saturation import SAMPLES
 from ctxkv_lightning.report.words import phrases, written
 
@@ -56,11 +56,12 @@ def memory(groups: Sequence[Group], title: str, names: Mapping[str, str]) -> Fig
     kilobyte_ticks(axes)
     stairs = _draw_front(axes, [points[i] for i in front])
     axes.set_title(f"{title}{len(front)} of {len(groups)} on the Pareto front")
-    label_points(axes, _labels(groups, points, front, names), points, stairs)
+    bars = [bar(x, y, group.val_ppl.spread or 0) for group, (x, y) in zip(groups, points, strict=True)]
+    label_points(axes, _labels(groups, points, front, names), points, [stairs, *bars])
     return figure
 
 
-def _draw_front(axes: Axes, front: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _draw_front(axes: Axes, front: Steps) -> Steps:
     """Draws the steps from the top over the points of the front to the right edge, and shades what they beat."""
     limits = axes.get_xlim(), axes.get_ylim()
     right, top = limits[0][1], limits[1][1]

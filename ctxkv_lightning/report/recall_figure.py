@@ -52,7 +52,7 @@ def by_state(evaluations: Mapping[str, Evaluation], suites: Sequence[str], sizes
         kilobyte_ticks(axes)
         if sizes:
             chance = [(x, _chance(evaluations, suite)) for x in axes.get_xlim()]
-            label_points(axes, _joined(axes, points), places, chance)
+            label_points(axes, _joined(axes, points), places, [chance])
         else:
             label_ends(axes, [(y, name, colour) for _, y, name, colour in points], [x for x, *_ in points])
     return figure

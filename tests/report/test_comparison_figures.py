@@ -120,6 +120,12 @@ def test_a_line_alone_has_its_values_written() -> None:
     assert drawn.caption == "Validation PPL by interval."
 
 
+def test_the_caption_names_what_seeds_do_not_tell_from_the_lowest() -> None:
+    runs = [run(ppl + seed, interval=i, seed=seed) for i, ppl in ((20, 200), (50, 202), (80, 210)) for seed in (1, 2)]
+    assert axis(runs, "interval").caption.endswith("Seeds do not tell 20 from 50.")
+    assert "Seeds do not tell" not in axis([each for each in runs if each.settings["seed"] == 1], "interval").caption
+
+
 def test_lists_are_categories_and_models_without_the_key_lines_across() -> None:
     runs = [run(200, interval=20), run(150, interval=PER_HEAD), run(120, model="transformer")]
     drawn = axis(runs, "interval")

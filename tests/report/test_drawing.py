@@ -128,8 +128,32 @@ def test_names_of_points_lie_apart_from_points_and_each_other() -> None:
     assert not [1 for box in boxes for x, y in at if box.x0 < x < box.x1 and box.y0 < y < box.y1]
 
 
+def test_names_of_points_do_not_hide_the_bars_of_others() -> None:
+    with styled():
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        points = [(1.0, 1.0), (1.6, 1.2)]
+        axes.plot(*zip(*points, strict=True), "o")
+        axes.margins(0.4)
+        below = [(1.6, 0.8), (1.6, 1.2)]
+        label_points(axes, [(*points[0], "a name that is long", INK)], points, [below])
+        figure.draw_without_rendering()
+        box, (x, y) = axes.texts[0].get_window_extent(), axes.transData.transform((1.6, 1.0))
+    assert not box.x0 < x < box.x1 or box.y1 < y
+
+
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.1234, "0.123"), (99.9, "99.9"), (100.4, "100"), (12345.6, "12,346"), (2e6, "2e+06")]
+    ("value", "text"),
+    [
+        (0.1234, "0.123"),
+        (50.03, "50.0"),
+        (50.0, "50"),
+        (99.9, "99.9"),
+        (99.96, "100"),
+        (100.4, "100"),
+        (12345.6, "12,346"),
+        (2e6, "2e+06"),
+    ],
 )
 def test_plain_numbers(value: float, text: str) -> None:
     assert plain(value) == text

@@ -92,11 +92,14 @@ class Config:
 
     @property
     def window_tokens(self) -> int:
-        """k of `sliding_window`: as asked for, or the tokens whose keys and values fit where `context_kv` keeps its."""
+        """k of `sliding_window`: as asked for, or the most with which it keeps no more than `context_kv` does.
+
+        Of k tokens, a layer keeps the keys and values of the k-1 before the current one.
+        """
         pair = 2 * self.embedding.dim
         contexts = self.kept_contexts - self.recipe.read_current  # one is kept besides, where it is read
         fitting = (contexts * self.context_dim + self.local_reach * pair) // (pair * self.model.layers)
-        return self.model.window_tokens or max(1, fitting)
+        return self.model.window_tokens or 1 + fitting
 
     @property
     def unread(self) -> tuple[str, ...]:

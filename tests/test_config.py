@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 
+from ctxkv_lightning.build import build_module
 from ctxkv_lightning.config import Config, check_key, keys, plain_options
 from ctxkv_lightning.door import CONF, check_command_line
 from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.lm.state import state_bytes
 
 KEYS = """
 interval selection heads max_contexts context_dim samples seed embeddings cache_dir resume init_from
@@ -214,10 +216,26 @@ def test_rotary_positions_need_pairs(model):
 def test_bytes_kept_decide_the_sliding_window():
     (config,) = check_command_line(["model=sliding_window"])
     assert config.kept_contexts == 621
-    assert config.window_tokens == 621 * 256 // (2 * 768)
+    assert config.window_tokens == 1 + 621 * 256 // (2 * 768)
     assert check_command_line(["model=sliding_window", "model.window_tokens=640"])[0].window_tokens == 640
-    assert check_command_line(["model=sliding_window", "model.layers=3"])[0].window_tokens == 621 * 256 // (6 * 768)
+    assert check_command_line(["model=sliding_window", "model.layers=3"])[0].window_tokens == 1 + 621 * 256 // (6 * 768)
     assert check_command_line(["selection=grid"])[0].kept_contexts == 32
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["", "experiment=mqar max_contexts=4", "interval=1 max_contexts=1", "model.layers=3", "recipe.read_current=true",
+     "model.layers=4 model.local_window=8", "experiment=best"],
+)  # fmt: skip
+def test_a_sliding_window_is_as_long_as_its_bytes_allow(arguments):
+    def kept(*more):
+        silent = ["recipe.pointer_heads=0", "recipe.pointer_values=false", "recipe.ngram=false"]
+        config = check_command_line([*arguments.split(), *silent, *more])[0]
+        return state_bytes(build_module(config, 10).model, 10_000), config.window_tokens
+
+    allowed, _ = kept("model=context_kv")
+    fitting, tokens = kept("model=sliding_window")
+    assert fitting <= allowed < kept("model=sliding_window", f"model.window_tokens={tokens + 1}")[0]
 
 
 @pytest.mark.parametrize(
@@ -237,7 +255,7 @@ def test_bytes_kept_decide_the_sliding_window():
         (f"model=transformer {DIRECT}", f"model=transformer {DIRECT} pretrain.lr=1", False),
         (f"model=transformer {DIRECT}", f"model=transformer {DIRECT} recipe.context_dropout=0.5", False),
         (f"model=transformer {DIRECT}", f"model=transformer {DIRECT} recipe.pointer_window=9", True),
-        ("model=sliding_window", "model=sliding_window model.window_tokens=103", True),
+        ("model=sliding_window", "model=sliding_window model.window_tokens=104", True),
         ("model=sliding_window", "model=sliding_window max_contexts=64", False),
         ("model=context_kv cache_dir=a", "model=context_kv embeddings=tokens", True),
         ("model=context_kv", "selection=grid", False),

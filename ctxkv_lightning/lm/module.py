@@ -55,7 +55,7 @@ class ContextKVLMModule(L.LightningModule):
         weight_decay: float = 0.01,
         model: ModelName = "context_kv",
         selection: Selection = "strided",
-        window_tokens: int = 103,
+        window_tokens: int = 104,
         recipe: dict[str, Any] | None = None,
         schedule: Schedule = "constant",
         warmup_steps: int = 0,

@@ -61,7 +61,7 @@ def describe_attention(module: ContextKVLMModule, data: ContextDataModule) -> di
 
     n · H lists of M, where n layers read contexts.
     """
-    model = module.model.cpu()
+    model = module.model.cpu().eval()
     if not isinstance(model, ContextKVLM):
         return None
     windows, attention = next(iter(data.val_dataloader())), model.attention

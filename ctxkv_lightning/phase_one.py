@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
 
 from ctxkv_lightning.build import reused
 from ctxkv_lightning.config import Config
-from ctxkv_lightning.context.pretrain import CONVERGENCE, OACDPretrainModule, load_encoder, save_encoder
+from ctxkv_lightning.context.pretrain import OACDPretrainModule, load_encoder, save_encoder
 from ctxkv_lightning.datamodule import ContextDataModule
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.recurrent import RECIPE, RecurrentLMModule
@@ -53,20 +52,15 @@ def pretrain(
         module = OACDPretrainModule(
             config.context_dim,
             data.table.shape[1],
-            *(
-                options[name]
-                for name in ("lr", "noise", "centroid_weight", "move_threshold", "target_rate", "plateau_rate")
-            ),
-        )
-        target = EarlyStopping(
-            CONVERGENCE,
-            mode="max",
-            patience=options["max_iterations"],
-            stopping_threshold=options["target_rate"],
-            check_on_train_epoch_end=True,
+            lr=config.pretrain.lr,
+            noise=config.pretrain.noise,
+            centroid_weight=config.pretrain.centroid_weight,
+            move_threshold=config.pretrain.move_threshold,
+            target_rate=config.pretrain.target_rate,
+            plateau_rate=config.pretrain.plateau_rate,
         )
         fit(
-            module, config, run, data, phase, [target, stages],
+            module, config, run, data, phase, [stages],
             between="epochs",
             steps=1,
             precision="32-true",
@@ -92,8 +86,9 @@ def pretrain_as_lm(
 ) -> Store:
     """Phase 1's second part, on the same text, from the encoder of the first: a store with the facts of both.
 
-    It is trained in the run's own precision, which like the processor changes what is rounded off and nothing else.
-    Raises UserError where the text is a single token.
+    It is trained in the run's own precision, which like the processor changes what is rounded off and nothing else, and
+    is no part of the key: a run that goes on with another keeps its encoder. Raises UserError where the text is a single
+    token.
     """
     data.pretrain_on(data.pretrain_rows, in_rows=True)
     ids, tolerance, epochs = data.pretrain_ids(), config.contexts.tolerance, config.pretrain.lm_epochs
@@ -101,9 +96,7 @@ def pretrain_as_lm(
         raise UserError("pretrain.lm_epochs needs at least 2 tokens for each encoder: add text or set it to 0")
     rows = {"rows": RowLoader.ROWS, "steps": RowLoader.STEPS}
     of = {"oacd": oacd.content, "of": oacd.manifest["key"]}
-    recipe = dict(RECIPE)
-    if dropout := config.pretrain.lm_weight_dropout:  # it came later: without it, stores of before are found
-        recipe["weight_dropout"] = dropout
+    recipe = {**RECIPE, "weight_dropout": config.pretrain.lm_weight_dropout}
     key = {**of, "lm_epochs": epochs, "recipe": recipe, "tolerance": tolerance, **rows}
 
     def build(folder: Path) -> dict[str, Any]:

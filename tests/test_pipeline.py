@@ -133,7 +133,7 @@ def test_checkpoints_hold_no_pickled_objects(finished):
 
 def test_the_same_run_again_reuses_every_store_and_gives_the_same_numbers(finished, tmp_path, monkeypatch):
     folder, config = finished
-    monkeypatch.setattr(phase_one, "OACDPretrainModule", lambda *_: pytest.fail("Phase 1 ran again"))
+    monkeypatch.setattr(phase_one, "OACDPretrainModule", lambda *_, **__: pytest.fail("Phase 1 ran again"))
     monkeypatch.setattr(build, "read_pydocs", lambda: pytest.fail("the documentation was parsed again"))
     monkeypatch.setattr(build.tokenizer, "learn_bpe", lambda *_: pytest.fail("the tokenizer was learnt again"))
     monkeypatch.setattr(

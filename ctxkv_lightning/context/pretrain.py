@@ -39,9 +39,8 @@ FILE_BACKED = 1 << 30
 class OACDPretrainModule(L.LightningModule):
     """Trains a `ContextEncoder` on the batches of `ContextDataModule`'s first phase.
 
-    Logs `pretrain/loss` and `pretrain/convergence_rate` once per epoch, and keeps them in `history`. Stops on
-    a plateau by itself; the target rate is an EarlyStopping's `stopping_threshold`. Raises UserError
-    before the update when the loss is not finite.
+    Logs `pretrain/loss` and `pretrain/convergence_rate` once per epoch, and keeps them in `history`. Stops
+    by itself, at the target rate or on a plateau. Raises UserError before the update when the loss is not finite.
     """
 
     def __init__(
@@ -123,7 +122,7 @@ class OACDPretrainModule(L.LightningModule):
         iteration = {"iteration": self.current_epoch + 1, "loss": loss, "convergence_rate": rate, "seconds": seconds}
         self.history.append(iteration)
         log.info(f"  iteration {iteration['iteration']:2d}  loss {loss:8.4f}  converged {rate:6.1%}  {seconds:.1f} s")
-        if self.stopped_by == "plateau":
+        if self.stopped_by != "limit":
             self.trainer.should_stop = True
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ctxkv_lightning.context.encoder import ContextEncoder
+from ctxkv_lightning.errors import UserError
 
 SEGMENT = 256
 WARM_UP = 96
@@ -34,7 +35,8 @@ def solve_contexts(
     `embeddings` are the normalised embeddings (N, D) of the stream, or, with `ids` (N,), a table (V, D)
     indexed by them. Contexts are written into `out` (N, C) if given; the recurrence runs in the encoder's
     type whatever the type of `out`. The seam error is the largest absolute difference between the state
-    a segment started from and the one its predecessor ended in: at most `tolerance`.
+    a segment started from and the one its predecessor ended in: at most `tolerance`. Raises UserError where contexts
+    are not finite.
     """
     N = len(embeddings) if ids is None else len(ids)
     contexts = embeddings.new_empty(N, encoder.context_dim) if out is None else out
@@ -91,7 +93,11 @@ def _solve_block(
         gaps = (contexts[:-1, -1] - starts[1:]).abs().amax(dim=1)
         wrong = (gaps > tolerance).nonzero().flatten() + 1
         starts[wrong] = contexts[wrong - 1, -1]
-    return contexts.view(-1, C)[:n], float(gaps.max()) if len(gaps) else 0.0
+    solved = contexts.view(-1, C)[:n]
+    # A context that is not finite stays so to the end of its segment.
+    if not (torch.isfinite(gaps).all() and torch.isfinite(solved[-1]).all()):
+        raise UserError("the encoder's contexts are not finite: its weights are damaged, or were trained too fast")
+    return solved, float(gaps.max()) if len(gaps) else 0.0
 
 
 def _warm_up(encoder: ContextEncoder, drives: Tensor, steps: Tensor, state: Tensor) -> Tensor:

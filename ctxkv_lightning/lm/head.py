@@ -20,6 +20,9 @@ CHUNK = 2048
 GPU_CHUNK = 4608
 """The same on a GPU, at most: each chunk costs launches there, and two, equally long, do for the published step."""
 
+LARGEST = torch.finfo(torch.float32).max
+"""In the place of infinity, which times a voice that says nothing would be no number."""
+
 WIDTH = {"cuda": 64}
 """By device: the table gets rows of zeros up to a multiple of this, where matrix units are slow on other widths."""
 
@@ -121,7 +124,8 @@ class _MixedCrossEntropy(torch.autograd.Function):
             logits = torch.addmm(own_bias, own, factor.T)
             alone = log_share[rows] - normalise(logits, targets[rows], V, gradient=any(needed))
             nll[rows] = -torch.logaddexp(alone, pointed[rows].log())  # of logarithms: a p of e^-110 is 0 in fp32
-            of_share[rows], of_pointed[rows] = -torch.exp(alone + nll[rows]), -nll[rows].exp()
+            of_share[rows] = -torch.exp(alone + nll[rows])
+            of_pointed[rows] = -nll[rows].exp().clamp_max(LARGEST)
             if any(needed):  # the logits are now their gradients, were the head alone
                 logits *= -of_share[rows, None].to(factor.dtype)
                 of_hidden[rows] = (logits @ factor).to(hidden.dtype)

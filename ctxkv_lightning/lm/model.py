@@ -233,9 +233,9 @@ class ContextKVLM(TiedLM):
     def slot_weights(self, embeddings: Tensor, contexts: Tensor, first: Tensor | None = None) -> Tensor:
         """As `ContextAttention.slot_weights`, of the heads of all n layers that read contexts (n · H, M), in order."""
         hidden, found = embeddings, []
-        for layer in self.layers:
-            if isinstance(layer.attention, TokenAttention):  # none after it reads contexts
-                break
+        reading = [layer for layer in self.layers if isinstance(layer.attention, ContextAttention)]
+        for number, layer in enumerate(reading):
+            if number:
+                hidden = reading[number - 1].ffn(reading[number - 1].attention(hidden, contexts, first))
             found.append(layer.attention.slot_weights(hidden, contexts, first))
-            hidden = layer.ffn(layer.attention(hidden, contexts, first))
         return torch.cat(found)

@@ -35,10 +35,11 @@ RECIPE = {
     "warmup_steps": 20,
     "last_rate": 0.02,
     "clip_norm": 1.0,
+    "weight_dropout": 0.0,
 }
-"""All that decides what is learnt, but for the text, how often it is read, and `weight_dropout`, the share of recurrent
-weights left out of each batch, 0 where it is not given. The gradient is clipped, for through many steps of a recurrence
-it may explode (Pascanu, Mikolov & Bengio, 2013)."""
+"""All that decides what is learnt, but for the text and how often it is read. `weight_dropout` is the share of
+recurrent weights left out of each batch. The gradient is clipped, for through many steps of a recurrence it may
+explode (Pascanu, Mikolov & Bengio, 2013)."""
 
 
 class RecurrentLMModule(L.LightningModule):
@@ -91,8 +92,7 @@ class RecurrentLMModule(L.LightningModule):
         `state` (B, C) are the contexts before the batch.
         """
         dropout, contexts = self.recipe["dropout"], []
-        left_out = self.recipe.get("weight_dropout", 0.0)
-        weight = F.dropout(self.encoder.recurrent_weight, left_out, self.training)
+        weight = F.dropout(self.encoder.recurrent_weight, self.recipe["weight_dropout"], self.training)
         with torch.autocast(self.device.type, enabled=False):  # a recurrence would add up what bf16 rounds off
             drives = self.encoder.drive(F.dropout(self.table[batch.tokens], dropout, self.training))
             for drive in drives.unbind(1):

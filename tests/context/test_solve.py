@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from ctxkv_lightning.context import parts, solve
 from ctxkv_lightning.context.encoder import ContextEncoder
+from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.store import create_array
 from tests.oracles import contexts_step_by_step
 
@@ -70,6 +71,14 @@ def test_the_certificate_is_honest_about_a_loose_tolerance():
     off = (contexts - contexts_step_by_step(encoder, embeddings)).abs().max().item()
     assert off > 1e-3
     assert error > 1e-3
+
+
+@pytest.mark.parametrize("place", [0, 300, 599])
+def test_contexts_that_are_not_finite_are_refused(place):
+    encoder, embeddings = forgetful(8, 12), normalised(600, 12)
+    embeddings[place, 3] = float("nan")
+    with pytest.raises(UserError, match="contexts are not finite"):
+        solve.solve_contexts(encoder, embeddings)
 
 
 def test_a_table_indexed_by_ids_gives_the_same_contexts_and_fills_out():

@@ -1,5 +1,7 @@
 """Layers after the first, against their formulas: all over the same contexts, or over what the one before them made."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,8 +10,10 @@ from hypothesis import strategies as st
 from ctxkv_lightning.build import build_module, reach
 from ctxkv_lightning.door import check_command_line
 from ctxkv_lightning.lm.model import ContextKVLM
+from ctxkv_lightning.lm.module import ContextKVLMModule
 from ctxkv_lightning.lm.rivals import RecurrenceLM, TransformerLM, build_model
 from ctxkv_lightning.lm.state import state_bytes
+from ctxkv_lightning.metrics import describe_attention
 from tests import oracles
 
 V, D, C, H = 30, 24, 8, 2
@@ -171,3 +175,16 @@ def test_slot_weights_are_those_of_every_layers_heads():
     (second,) = model.deeper
     hidden = model.ffn(model.attention(embeddings, contexts))
     torch.testing.assert_close(weights[H:], second.attention.slot_weights(hidden, contexts))
+
+
+def test_the_weights_that_are_reported_are_those_without_dropout():
+    module = ContextKVLMModule(V, D, C, H, 3, 4, 16, layers=2, dropout=0.5)
+    shaken(module.model)
+    memory = torch.randn(1, 30, C)
+    windows = SimpleNamespace(
+        tokens=torch.randint(V, (1, 30)), embeddings=torch.empty(1, 20, D), memory=memory, first=None
+    )
+    data = SimpleNamespace(val_dataloader=lambda: [windows])
+    quiet = describe_attention(module, data)
+    module.train()
+    assert describe_attention(module, data) == quiet

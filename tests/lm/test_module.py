@@ -227,14 +227,12 @@ def test_large_iterations_live_in_a_file_and_give_the_same_numbers(stores, tmp_p
     assert torch.equal(*weights)
 
 
-def test_phase_one_stops_at_the_target_and_reports(stores, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("target_rate", [0.9, 1.0])
+def test_phase_one_stops_at_the_target_and_reports(stores, tmp_path, target_rate):  # noqa: F811
     stores.pop("encoders")
     data = opened(stores, tmp_path)
-    module = OACDPretrainModule(C, D, target_rate=0.9, move_threshold=1e9)
-    stop = L.pytorch.callbacks.EarlyStopping(
-        "pretrain/convergence_rate", mode="max", patience=50, stopping_threshold=0.9, check_on_train_epoch_end=True
-    )
-    trainer(tmp_path, max_epochs=50, limit_val_batches=0, callbacks=[stop]).fit(module, datamodule=data)
+    module = OACDPretrainModule(C, D, target_rate=target_rate, move_threshold=1e9)
+    trainer(tmp_path, max_epochs=50, limit_val_batches=0).fit(module, datamodule=data)
     summary = module.summary()
     assert summary["iterations"] == 1
     assert summary["stopped_by"] == "target"

@@ -309,6 +309,14 @@ def test_a_target_that_is_all_but_impossible_has_a_finite_loss_and_gradient():
     torch.testing.assert_close(hidden.grad, torch.tensor([[1.0, -1.0]]))
 
 
+def test_a_voice_that_says_nothing_has_no_gradient_where_the_head_is_all_but_sure_of_another_token():
+    gate = torch.zeros(1, requires_grad=True)
+    hidden, table, bias = torch.tensor([[110.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.zeros(2)
+    share, pointed = F.logsigmoid(gate), F.sigmoid(-gate) * torch.zeros(1)
+    mixed_cross_entropy(hidden, table, bias, torch.tensor([1]), share, pointed)[0].backward()
+    assert float(gate.grad) == pytest.approx(-0.5)
+
+
 @pytest.mark.parametrize("wrong", [{"norm": "prre"}, {"pointer_dim": 0}, {"pointer_window": 0}, {"pointer_heads": -1}])
 def test_a_recipe_that_no_model_can_have_is_refused(wrong):
     with pytest.raises(ValueError, match="does not exist"):

@@ -166,7 +166,7 @@ def _folder_of(file: Path) -> list[str]:
 
 
 def check_overruled(arguments: Sequence[str]) -> None:
-    """Raises UserError for a `--model.` value or a seed that a checkpoint has its own of, and would win with unseen."""
+    """Raises UserError for a seed, or a value of the model, where a checkpoint has its own and would win unseen."""
     paths = values_of(arguments, "--ckpt_path")
     if not paths:
         return
@@ -178,6 +178,13 @@ def check_overruled(arguments: Sequence[str]) -> None:
             "start a new run"
         )
     saved = read(Path(paths[-1])).get("hyper_parameters", {})
+    written = {name: value for file in files for name, value in file.get("model", {}).items()}
+    for name, value in written.items():
+        if name in saved and saved[name] != value and not values_of(arguments, f"--model.{name}"):
+            raise UserError(
+                f"model.{name}: {value} of the file has no effect, for {paths[-1]} was trained with {saved[name]}: "
+                "leave it as it was, or start a new run"
+            )
     for argument in (argument for argument in arguments if argument.startswith("--model.")):
         name = argument.removeprefix("--model.").split("=")[0]
         asked = yaml.safe_load(values_of(arguments, f"--model.{name}")[-1])

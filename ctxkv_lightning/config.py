@@ -32,7 +32,7 @@ from ctxkv_lightning.schema import (
     choice,
     number,
 )
-from ctxkv_lightning.unread import Voices, unread_keys
+from ctxkv_lightning.unread import CHOOSING, Chosen, Voices, unread_keys
 
 
 @dataclass
@@ -106,8 +106,7 @@ class Config:
         """The keys, or groups of them, that have no effect here."""
         recipe = self.recipe
         voices = Voices(bool(recipe.pointer_heads), recipe.ngram, recipe.read_current)
-        told = self.train.schedule, self.data.source, self.model.layers, self.pretrain.lm_epochs
-        return unread_keys(self.model.name, voices, *told)
+        return unread_keys(self.model.name, voices, Chosen(*operator.attrgetter(*CHOOSING)(self)))
 
     def effective(self) -> "Config":
         """This configuration with whatever its model does not read at the default: equal ones are one experiment."""

@@ -87,7 +87,7 @@ def pretrain_as_lm(
     """Phase 1's second part, on the same text, from the encoder of the first: a store with the facts of both.
 
     It is trained in the run's own precision, which like the processor changes what is rounded off and nothing else, and
-    is no part of the key: a run that goes on with another keeps its encoder. Raises UserError where the text is a single
+    is no part of the key: a run that goes on with another keeps its encoder. Raises UserError where the text is one
     token.
     """
     data.pretrain_on(data.pretrain_rows, in_rows=True)

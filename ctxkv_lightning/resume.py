@@ -1,7 +1,10 @@
 """Whether an interrupted run may go on: same settings, same text, intact checkpoints."""
 
+import copy
 import hashlib
 import json
+import operator
+from collections.abc import Iterable
 from dataclasses import asdict, fields
 
 from ctxkv_lightning.build import Text
@@ -31,11 +34,21 @@ def check_changes(config: Config, run: RunFolder) -> None:
         if key in harmless - {"resume"}:
             log.info(f"resumed with {key}: {old} -> {new}")
     refused = [f"{key}: {old} -> {new}" for key, (old, new) in changed.items() if key not in harmless]
-    if refused and began.effective() != config.effective():
+    if refused and began.effective() != _with_values_of(began, config, harmless).effective():
         raise UserError(
             f"{run.path} began with other settings ({'; '.join(refused)}): leave them as they were, or start a new run "
             f"from its weights with init_from={run.path}"
         )
+
+
+def _with_values_of(began: Config, config: Config, keys: Iterable[str]) -> Config:
+    """`config`, but with these keys as the run began with them."""
+    mixed = copy.deepcopy(config)
+    for key in keys:
+        holder, _, name = key.rpartition(".")
+        target, source = (operator.attrgetter(holder)(each) if holder else each for each in (mixed, began))
+        setattr(target, name, getattr(source, name))
+    return mixed
 
 
 def check_checkpoints(run: RunFolder, resume: str) -> None:

@@ -90,6 +90,11 @@ def test_what_a_checkpoint_would_overrule_is_refused(stopped, capsys):
     assert cli(*common, "--model.heads", "4") == EXIT_CODE
     assert cli(*common, "--seed_everything=7") == EXIT_CODE
     assert "--seed_everything=7 has no effect" in capsys.readouterr().err
+    edited = yaml.safe_load((run / "lightning.yaml").read_text())
+    edited["model"]["lr"] = 0.5
+    (run / "lightning.yaml").write_text(yaml.safe_dump(edited))
+    assert cli(*common) == EXIT_CODE
+    assert "model.lr: 0.5 of the file has no effect" in capsys.readouterr().err
     assert read(run / "checkpoints" / "last.ckpt")["global_step"] == before
 
 

@@ -262,6 +262,13 @@ def test_a_sliding_window_is_as_long_as_its_bytes_allow(arguments):
         ("model=transformer heads=4", "model=transformer", False),
         ("pretrain.lm_weight_dropout=0.5", "", True),
         ("pretrain.lm_epochs=1 pretrain.lm_weight_dropout=0.5", "pretrain.lm_epochs=1", False),
+        ("tokenizer.name=cl100k_base", "", True),
+        ("tokenizer=gpt2 tokenizer.name=cl100k_base", "tokenizer=gpt2", False),
+        ("tokenizer=gpt2 tokenizer.vocab_size=999", "tokenizer=gpt2", True),
+        ("tokenizer.vocab_size=999", "", False),
+        ("embedding=random embedding.window=9", "embedding=random", True),
+        ("embedding.window=9", "", False),
+        ("init_from=a pretrain.lr=0.1", "init_from=a", True),
         ("seed=1", "seed=2", False),
     ],
 )

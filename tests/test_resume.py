@@ -383,6 +383,7 @@ def test_what_nothing_reads_may_differ(tmp_path):
     run = RunFolder(tmp_path)
     run.write_config(yaml.safe_dump(asdict(began)))
     check_changes(asked, run)
+    check_changes(replace(asked, train=replace(asked.train, max_epochs=9)), run)
     with pytest.raises(UserError, match="interval: 2 -> 3; seed"):
         check_changes(replace(asked, seed=7), run)
 

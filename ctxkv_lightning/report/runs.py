@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.report.markdown import leaves
 from ctxkv_lightning.run.folder import RunFolder
-from ctxkv_lightning.unread import Voices, unread_keys
+from ctxkv_lightning.unread import CHOOSING, Chosen, Voices, unread_keys
 
 Metrics = dict[str, Any]
 
@@ -21,6 +21,7 @@ NO_EFFECT = ("cache_dir", "embeddings", "trainer.enable_progress_bar")
 """Keys that change no number of a run."""
 
 LATER = {
+    "init_from": None,
     "pretrain.lm_epochs": 0,
     "pretrain.lm_weight_dropout": 0.0,
     "model.layers": 1,
@@ -159,11 +160,8 @@ def settings(metrics: Metrics) -> dict[str, Any]:
     config = metrics["config"]
     name, values = config["model"]["name"], dict(leaves(config))
     values |= {key: value for key, value in LATER.items() if key not in values}
-    layers, epochs = values["model.layers"], values["pretrain.lm_epochs"]
-    unread = (
-        *NO_EFFECT,
-        *unread_keys(name, voices_of(values), values["train.schedule"], values["data.source"], layers, epochs),
-    )
+    layers, choosing = values["model.layers"], [values[key] for key in CHOOSING]
+    unread = (*NO_EFFECT, *unread_keys(name, voices_of(values), Chosen(*choosing)))
     kept = {key: _hashable(value) for key, value in values.items() if not _below(key, unread)}
     if kept.get("samples", 0) is None:
         kept["samples"] = metrics["data"]["train_documents"]

@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 
+from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import LAST_RATE, MONITOR, ContextKVLMModule
 from ctxkv_lightning.lm.scoring import memory_of, score_tokens
 from tests.lm.test_module import SIZES, trainer
@@ -118,6 +119,20 @@ def test_apart_shares_are_learnt_in_the_first_epoch_alone(stores, tmp_path, sche
     groups = [{id(p) for p in group["params"]} for group in run.optimizers[0].param_groups]
     assert sum(map(len, groups)) == len(set().union(*groups))
     assert set().union(*groups) == {id(p) for p in module.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_a_linear_schedule_does_not_go_on_as_a_longer_one(stores, tmp_path, schedule):  # noqa: F811
+    _, data, run = fitted(stores, tmp_path, "context_kv", epochs=1, schedule=schedule)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    module = ContextKVLMModule(**SIZES, recipe=RECIPE, schedule=schedule, warmup_steps=3, lr=0.01, window_tokens=5)
+    longer = trainer(tmp_path, max_epochs=2)
+    if schedule == "linear":
+        with pytest.raises(UserError, match=r"falls over 1 epochs, and would jump with trainer\.max_epochs=2"):
+            longer.fit(module, datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    else:
+        longer.fit(module, datamodule=data, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    assert longer.global_step == run.global_step * (1 if schedule == "linear" else 2)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])

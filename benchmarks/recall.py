@@ -77,9 +77,10 @@ def text_name(run: recipe_runs.Run) -> str | None:
 
 
 def task_name(run: recipe_runs.Run) -> str:
-    """What a run on the recall task is called: its model and how much that may read."""
-    model, read = run["config"]["model"]["name"], reads(run)
-    return model if read is None else f"{model}, {count(read, 'context' if model == 'context_kv' else 'token')}"
+    """What a run on the recall task is called: its model, how much a layer may read, its layers if they are several."""
+    model, read, layers = run["config"]["model"]["name"], reads(run), run["config"]["model"].get("layers", 1)
+    name = model if read is None else f"{model}, {count(read, 'context' if model == 'context_kv' else 'token')}"
+    return name if layers == 1 else f"{name}, {layers} layers"
 
 
 def reads(run: recipe_runs.Run) -> int | None:

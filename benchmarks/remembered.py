@@ -39,8 +39,9 @@ INTRODUCTION = (
     "Made by `make results-recall`: the suites of `evaluate`, drawn offline from seed 42, in fillers of the validation "
     "text; every lag is in [a report](docs/results/recall/report.md), and all of this is made of the kept "
     "[evaluations](docs/results/recall/evaluations.json). Bytes are those of a decoder's state when it is asked. "
-    "All models but the recipe's have one layer, of attention or of none; the task and its training are those that "
-    "suit `context_kv`, and nothing was tuned for its rivals."
+    "Unless a name says otherwise, all models but the recipe's have one layer, of attention or of none; the task and "
+    "its training are those that suit `context_kv`, and nothing was tuned for its rivals. A context holds the token "
+    "before beside the current one; one layer of attention to tokens alone cannot bind a value to the key before it."
 )
 TASK_FIGURES = (
     "![Recall against bytes of state](docs/results/recall/task_recall.png)\n"

@@ -24,7 +24,8 @@ def task_sentences(rows: Sequence[Row]) -> list[str]:
     rivals: dict[str, list[Row]] = {}
     for row in rows:
         if row.model != "context_kv":
-            rivals.setdefault(row.model, []).append(row)
+            deep = [part for part in row.name.split(", ") if part.endswith(" layers")]
+            rivals.setdefault(", ".join([row.model, *deep]), []).append(row)
     said += [_rival(ours, rival) for rival in rivals.values()]
     return [*said, *_no_memory(rows)]
 
@@ -114,7 +115,9 @@ def _who_recalls(evaluations: dict[str, dict[str, Any]], suite: str) -> str:
             f"{percent(max(each[1] for each in found.values()))} % moved, of {percent(chance)} % by guessing."
         )
     rest = count(len(found) - len(above), "other")
-    return f"In {suite}, above chance ({percent(chance)} %) over all lags: {enumerated(above)}; {rest} at chance."
+    return (
+        f"In {suite}, above chance ({percent(chance)} %) over all lags: {enumerated(above)}; {rest} not above chance."
+    )
 
 
 def _at_edges(copy: dict[str, Any], edges: Sequence[int]) -> str:

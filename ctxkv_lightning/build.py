@@ -73,19 +73,25 @@ def prepare_text(config: Config) -> Text:
     for name, size in sizes.items():
         if size < 2:
             raise UserError(f"the {name} text has {size} tokens and needs at least 2: add text")
-    if max(config.intervals) >= sizes["train"]:
-        raise UserError(f"interval={config.interval} must be below the {sizes['train']:,} training tokens")
-    period = math.lcm(*config.intervals)
-    if config.selection == "grid" and period >= sizes["train"]:
-        raise UserError(
-            f"interval={config.interval} with selection=grid repeats every {period:,} tokens, and there are "
-            f"{sizes['train']:,} to train on: choose intervals with a smaller common multiple"
-        )
+    if "interval" not in config.unread:
+        _check_intervals(config, sizes["train"])
     log.info(
         f"text {len(chosen['train']):,} documents, {sizes['train']:,} training tokens, vocabulary "
         f"{encoding.n_vocab:,}{reused(tokens)}"
     )
     return Text(chosen, tokens, encoding.n_vocab, encoding)
+
+
+def _check_intervals(config: Config, tokens: int) -> None:
+    """Raises UserError where so many training tokens are too few for the intervals."""
+    if max(config.intervals) >= tokens:
+        raise UserError(f"interval={config.interval} must be below the {tokens:,} training tokens")
+    period = math.lcm(*config.intervals)
+    if config.selection == "grid" and period >= tokens:
+        raise UserError(
+            f"interval={config.interval} with selection=grid repeats every {period:,} tokens, and there are "
+            f"{tokens:,} to train on: choose intervals with a smaller common multiple"
+        )
 
 
 def read_corpus(config: Config) -> Corpus:

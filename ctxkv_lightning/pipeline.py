@@ -1,7 +1,6 @@
 """The experiment, stage by stage: text, embedding, Phase 1, contexts, Phase 2, footing, report.
 
-The only place that builds objects from the configuration. Each stage leaves a store, so that another run which
-begins alike starts where the two part.
+Each stage leaves a store, so that another run which begins alike starts where the two part.
 """
 
 from dataclasses import asdict, replace

@@ -253,6 +253,8 @@ def test_an_interval_longer_than_the_text_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("A few words, and then some more of them. " * 30)
     with pytest.raises(UserError, match="interval=5000 must be below"):
         pipeline.run_experiment(replace(text_config(tmp_path, "a.txt"), interval=5000), tmp_path / "run")
+    plain = text_config(tmp_path, "a.txt")
+    build.prepare_text(replace(plain, interval=5000, model=replace(plain.model, name="recurrence")))  # which reads none
 
 
 def test_intervals_of_a_grid_that_never_meet_in_the_text_are_refused(tmp_path):

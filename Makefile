@@ -107,8 +107,9 @@ results-chats: $(STAMP) ## The recipe and the published model on CHATS=FILE, 1,0
 	$(BEST) $(CHATS_FROM) $(OUT)/ultrachat-best
 	$(BIN)/python -m benchmarks.findings outputs/results
 
-results-recall: $(STAMP) ## Train on associative recall, half an hour on one core, ask all runs what they remember; RESULTS.md is made anew
+results-recall: $(STAMP) ## Train on associative recall, an hour on one core, ask all runs what they remember; RESULTS.md is made anew
 	$(BIN)/python train.py -m experiment=mqar seed=42,1,2 max_contexts=4,8,16,32,64,128 $(OUT)/mqar
+	$(BIN)/python train.py -m experiment=mqar seed=42,1,2 model=sliding_window,transformer model.layers=2 max_contexts=32 $(OUT)/mqar
 	$(BIN)/python -m benchmarks.recall outputs/results
 
 bench-quality: $(STAMP) ## Time to the published method's best PPL, which it takes half an hour to reach

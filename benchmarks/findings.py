@@ -167,10 +167,12 @@ def missing(runs: Sequence[Run]) -> str:
 def machines(runs: Sequence[Run]) -> str:
     """What the runs ran on, in words."""
     on_gpu = [run["machine"]["processor"] for run in runs if run["machine"]["device"].startswith("cuda")]
+    exact = sum(run["machine"]["precision"] == "32-true" for run in runs)
+    precision = f", {exact} in fp32, the others in bf16" if 0 < exact < len(runs) else ""
     if not on_gpu:
-        return "on a CPU"
+        return f"on a CPU{precision}"
     gpus = " or ".join(sorted(set(on_gpu)))
-    return f"{len(runs) - len(on_gpu)} of the {len(runs)} runs on a CPU, {len(on_gpu)} on an {gpus}"
+    return f"{len(runs) - len(on_gpu)} of the {len(runs)} runs on a CPU, {len(on_gpu)} on an {gpus}{precision}"
 
 
 if __name__ == "__main__":

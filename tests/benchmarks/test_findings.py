@@ -148,3 +148,13 @@ def test_taught_contexts_that_are_read_directly_stand_beside_rivals_and_beside_e
     assert "0.802 × that of `sliding_window` (370.0 ± 0.0, 635,904 bytes)" in said
     third["config"]["recipe"]["projection"] = True
     assert findings_runs.published(more) == runs
+
+
+def test_what_the_runs_ran_on_and_in_is_said(runs):
+    for run in runs:
+        run["machine"] |= {"device": "cpu", "precision": "bf16-mixed"}
+    assert findings.machines(runs) == "on a CPU"
+    runs[0]["machine"]["precision"] = "32-true"
+    runs[1]["machine"] |= {"device": "cuda:0", "processor": "NVIDIA H200"}
+    said = "5 of the 6 runs on a CPU, 1 on an NVIDIA H200, 1 in fp32, the others in bf16"
+    assert findings.machines(runs) == said

@@ -30,8 +30,8 @@ SYSTEMS: dict[str, Keep] = {
     "context_kv": "contexts", "context_kv, kv": "kv", "grid": "contexts", "sliding_window": "kv", "transformer": "kv",
 }  # fmt: skip
 CONSTANT = [name for name in SYSTEMS if name != "transformer"]
-WINDOW_TOKENS = 103
-"""Of the sliding window: as many keys and values as fit into the bytes of the contexts."""
+WINDOW_TOKENS = 104
+"""Of the sliding window: as many as keep no more bytes than the contexts."""
 
 BLOCKS = 10
 

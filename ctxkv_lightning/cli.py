@@ -9,7 +9,7 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -166,33 +166,36 @@ def _folder_of(file: Path) -> list[str]:
 
 
 def check_overruled(arguments: Sequence[str]) -> None:
-    """Raises UserError for a seed, or a value of the model, where a checkpoint has its own and would win unseen."""
-    paths = values_of(arguments, "--ckpt_path")
+    """Raises UserError for a `--seed_everything`, or a value of the model, that a checkpoint would win over unseen."""
+    files = [yaml.safe_load(Path(file).read_text(encoding="utf-8")) for file in values_of(arguments, *CONFIG)]
+    paths = [*(file["ckpt_path"] for file in files if file.get("ckpt_path")), *values_of(arguments, "--ckpt_path")]
     if not paths:
         return
     seeds = values_of(arguments, "--seed_everything")
-    files = [yaml.safe_load(Path(file).read_text(encoding="utf-8")) for file in values_of(arguments, "--config", "-c")]
     if seeds and yaml.safe_load(seeds[-1]) not in [file.get("seed_everything") for file in files[-1:]]:
         raise UserError(
             f"--seed_everything={seeds[-1]} has no effect, for random numbers go on as in {paths[-1]}: leave it out or "
             "start a new run"
         )
     saved = read(Path(paths[-1])).get("hyper_parameters", {})
-    written = {name: value for file in files for name, value in file.get("model", {}).items()}
-    for name, value in written.items():
-        if name in saved and saved[name] != value and not values_of(arguments, f"--model.{name}"):
+    written = {name: value for file in files for name, value in file.get("model", {}).items() if name in saved}
+    options = [argument.split("=")[0] for argument in arguments if argument.startswith("--model.")]
+    typed = {option[len("--model.") :]: yaml.safe_load(values_of(arguments, option)[-1]) for option in options}
+    for name, asked in {**written, **typed}.items():
+        if name not in saved or not _same(saved[name], asked):
+            where = f"--model.{name}={asked}" if name in typed else f"model.{name}: {asked} of the file"
             raise UserError(
-                f"model.{name}: {value} of the file has no effect, for {paths[-1]} was trained with {saved[name]}: "
-                "leave it as it was, or start a new run"
+                f"{where} has no effect, for {paths[-1]} was trained with {saved.get(name)}: give that, or start a new "
+                "run"
             )
-    for argument in (argument for argument in arguments if argument.startswith("--model.")):
-        name = argument.removeprefix("--model.").split("=")[0]
-        asked = yaml.safe_load(values_of(arguments, f"--model.{name}")[-1])
-        if name not in saved or saved[name] != asked:
-            raise UserError(
-                f"--model.{name}={asked} has no effect, for {paths[-1]} was trained with {saved.get(name)}: leave it "
-                "out, or start a new run"
-            )
+
+
+def _same(saved: Any, asked: Any) -> bool:
+    """Whether a value is the saved one; YAML takes 3e-4 for a text."""
+    if isinstance(saved, float) and isinstance(asked, str):
+        with suppress(ValueError):
+            return saved == float(asked)
+    return bool(saved == asked)
 
 
 def values_of(arguments: Sequence[str], *names: str) -> list[str]:

@@ -10,6 +10,7 @@ import yaml
 
 from ctxkv_lightning import __main__ as second_door
 from ctxkv_lightning import pipeline
+from ctxkv_lightning.cli import check_overruled
 from ctxkv_lightning.errors import EXIT_CODE
 from ctxkv_lightning.lm.module import ContextKVLMModule
 from ctxkv_lightning.run.folder import RunFolder, alone_in
@@ -95,6 +96,12 @@ def test_what_a_checkpoint_would_overrule_is_refused(stopped, capsys):
     (run / "lightning.yaml").write_text(yaml.safe_dump(edited))
     assert cli(*common) == EXIT_CODE
     assert "model.lr: 0.5 of the file has no effect" in capsys.readouterr().err
+    own = {**edited, "ckpt_path": str(run / "checkpoints" / "last.ckpt")}
+    (run / "own.yaml").write_text(yaml.safe_dump(own))
+    assert cli("fit", "--config", run / "own.yaml") == EXIT_CODE
+    assert "model.lr: 0.5 of the file has no effect" in capsys.readouterr().err
+    saved = read(run / "checkpoints" / "last.ckpt")["hyper_parameters"]["lr"]
+    check_overruled([str(each) for each in (*common, f"--model.lr={saved:e}")])
     assert read(run / "checkpoints" / "last.ckpt")["global_step"] == before
 
 

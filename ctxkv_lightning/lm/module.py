@@ -70,7 +70,7 @@ class ContextKVLMModule(L.LightningModule):
         )  # fmt: skip
         self.starts_fresh = True
         self._ppl_of = -1  # the epoch for which Lightning has `train/ppl`
-        self._planned: int | None = None  # epochs, as the checkpoint has it that training goes on from
+        self._planned: float | None = None  # steps, as the checkpoint has it that training goes on from
         self.train_ppl, self.val_ppl, self.test_ppl = Perplexity(), Perplexity(), Perplexity()
         self.train_ppl.persistent(True)  # an epoch that is interrupted is summed up over all its steps
         # What is averaged is 0 or 1; looking for a NaN would make the host wait for a GPU.
@@ -89,19 +89,20 @@ class ContextKVLMModule(L.LightningModule):
                 self.model.load_start(data.unigram_counts())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """How many epochs are asked for, which a linear schedule goes by."""
-        checkpoint["max_epochs"] = self.trainer.max_epochs
+        """How many steps training is to have, which a linear schedule goes by."""
+        checkpoint["planned_steps"] = self.trainer.estimated_stepping_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._planned = checkpoint.get("max_epochs")
+        self._planned = checkpoint.get("planned_steps")
 
     def on_train_start(self) -> None:
         """Raises UserError where a linear schedule would go on as another one."""
-        planned, asked = self._planned, self.trainer.max_epochs
-        if self.hparams["schedule"] == "linear" and planned not in (None, asked):
+        planned, asked = self._planned, self.trainer.estimated_stepping_batches
+        goes_on = self.global_step > 0  # a checkpoint may also have been loaded to be looked at
+        if goes_on and self.hparams["schedule"] == "linear" and planned not in (None, asked):
             raise UserError(
-                f"the learning rate falls over {planned} epochs, and would jump with trainer.max_epochs={asked}: leave "
-                "it as it was, or start a new run"
+                f"the learning rate falls over {planned} steps, and would jump with {asked}: ask for as many epochs "
+                "and batches as before, or start a new run"
             )
 
     def training_step(self, batch: Windows, batch_index: int) -> Tensor:

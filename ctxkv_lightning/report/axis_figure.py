@@ -178,7 +178,8 @@ def axis_caption(axis: Axis, swept: Swept, names: Mapping[str, str]) -> str:
         sentences.append("Small dots are single seeds, bars one standard deviation around their mean.")
     if near := _as_low(swept.lines):
         told = enumerated([written(value) for value in near])
-        sentences.append(f"Seeds do not tell {written(_lowest(swept.lines)[0])} from {told}.")
+        where = "On the line of the lowest, seeds" if len(swept.lines) > 1 else "Seeds"
+        sentences.append(f"{where} do not tell {written(_lowest(swept.lines)[0])} from {told}.")
     if swept.left_out:
         sentences.append(f"Left out: {count(swept.left_out, 'combination')} with only one value of {name}.")
     if swept.references:

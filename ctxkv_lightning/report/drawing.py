@@ -238,6 +238,6 @@ def count(number: int, noun: str) -> str:
 
 def plain(value: float) -> str:
     """Three digits or a whole number, without an exponent below a million."""
-    if value >= 1e6:
+    if abs(value) >= 1e6:
         return f"{value:.2g}"
-    return f"{value:,.0f}" if value >= 99.95 or value == round(value) else f"{value:#.3g}"
+    return f"{value:,.0f}" if abs(value) >= 99.95 or value == round(value) else f"{value:#.3g}"

@@ -138,8 +138,8 @@ def test_names_of_points_do_not_hide_the_bars_of_others() -> None:
         below = [(1.6, 0.8), (1.6, 1.2)]
         label_points(axes, [(*points[0], "a name that is long", INK)], points, [below])
         figure.draw_without_rendering()
-        box, (x, y) = axes.texts[0].get_window_extent(), axes.transData.transform((1.6, 1.0))
-    assert not box.x0 < x < box.x1 or box.y1 < y
+        box, ((x, low), (_, high)) = axes.texts[0].get_window_extent(), axes.transData.transform(below)
+    assert not box.x0 < x < box.x1 or box.y1 < low or box.y0 > high
 
 
 @pytest.mark.parametrize(
@@ -151,6 +151,7 @@ def test_names_of_points_do_not_hide_the_bars_of_others() -> None:
         (99.9, "99.9"),
         (99.96, "100"),
         (100.4, "100"),
+        (-150.4, "-150"),
         (12345.6, "12,346"),
         (2e6, "2e+06"),
     ],

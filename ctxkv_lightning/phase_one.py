@@ -3,15 +3,12 @@
 Each part leaves a store, so that runs which ask for the same share it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from ctxkv_lightning.build import reused
 from ctxkv_lightning.config import Config
@@ -152,19 +149,7 @@ def fit(
         callbacks=[*callbacks, RandomState(), Safeguard(last, between)],
         **options,
     )
-    with _as_the_first():
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-
-
-@contextmanager
-def _as_the_first() -> Iterator[None]:
-    """Of several processes, whichever comes first trains the encoder, alone; only the first by number would log."""
-    rank = rank_zero_only.rank  # type: ignore[attr-defined]
-    rank_zero_only.rank = 0  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        rank_zero_only.rank = rank  # type: ignore[attr-defined]
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
 
 
 def forget(run: RunFolder, phase: str) -> None:

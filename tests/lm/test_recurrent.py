@@ -10,9 +10,8 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from ctxkv_lightning import build, phase_one, pipeline
+from ctxkv_lightning import phase_one, pipeline
 from ctxkv_lightning.config import Config, ContextsConfig
 from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.context.oacd import effective_rank
@@ -21,8 +20,6 @@ from ctxkv_lightning.door import identity
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm import head
 from ctxkv_lightning.lm.recurrent import RecurrentLMModule
-from ctxkv_lightning.run.callbacks import Stages
-from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.run.saved import read
 from ctxkv_lightning.windows import RowLoader, Rows
 from tests.context.test_solve import normalised
@@ -236,18 +233,6 @@ def test_it_is_the_same_encoder_whatever_contexts_and_embeddings_are_stored_in(t
     data = ContextDataModule(**yaml.safe_load((tmp_path / "run" / "lightning.yaml").read_text())["data"])
     weights = read(tmp_path / "run" / "checkpoints" / "best.ckpt")["state_dict"]
     assert torch.equal(weights["model.encoder.linear.weight"], data.encoders()[0].linear.weight)
-
-
-def test_whichever_process_trains_the_encoder_keeps_its_log(tmp_path, monkeypatch):
-    """Of those that a cluster starts, the first by number may find the encoder already there."""
-    config = replace(SMALL, cache_dir=str(tmp_path / "cache"), pretrain=replace(SMALL.pretrain, lm_epochs=1))
-    text = build.prepare_text(config)
-    data = build.build_data(config, text, build.build_embedding(config, text))
-    run = RunFolder.claim(tmp_path / "run")
-    monkeypatch.setattr(rank_zero_only, "rank", 1)
-    phase_one.pretrain(config, run, data, Stages())
-    assert rank_zero_only.rank == 1
-    assert all((run.logs(phase) / "metrics.csv").read_text().count("\n") > 1 for phase in ("pretrain", "pretrain-lm"))
 
 
 def test_an_encoder_needs_something_to_predict():

@@ -49,12 +49,12 @@ def best_of(folder):
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_remembers_which_epoch_was_best(tmp_path, monkeypatch):
     """The best epoch is not the last; a run that had forgotten it would take a later one for the best."""
-    train = replace(BASE.train, max_epochs=6, lr=0.2)
+    train = replace(BASE.train, max_epochs=8, lr=0.03)  # best at the sixth, in fp32 and in bf16
     config = replace(BASE, cache_dir=str(tmp_path / "cache"), train=train)
     pipeline.run_experiment(config, tmp_path / "whole")
     ppls = [row["val_ppl"] for row in numbers(tmp_path / "whole")[0]]
     best = ppls.index(min(ppls)) + 1
-    assert best < 6, "the test shows nothing"
+    assert best < 8, "the test shows nothing"
     interrupted(config, tmp_path / "run", Stop("ContextKVLMModule", best * STEPS + 3), monkeypatch)
     run = move(tmp_path / "run")
     pipeline.run_experiment(config, run, resume="strict")

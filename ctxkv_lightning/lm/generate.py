@@ -143,14 +143,14 @@ class Decoder(DecoderState):
 
         Own words are noted as -1, which is not pointed at.
         """
-        rows, position = self.state[self._pointer_ring], self._at
-        window, noted = rows.shape[1], torch.full_like(tokens, -1) if self._own_words else tokens
-        before = torch.as_tensor((position - 1) % window, device=rows.device)
+        rows, position, window = self.state[self._pointer_ring], self._at, pointer.window
+        length, noted = rows.shape[1], torch.full_like(tokens, -1) if self._own_words else tokens
+        before = torch.as_tensor((position - 1) % length, device=rows.device)
         self.state["followers"].index_copy_(1, before[None], noted[:, None].int())
         asked = pointer.ask(state[:, 0], self.state["context"])
-        back = (position - 1 - torch.arange(window, device=rows.device)).remainder(window) + 1
+        back = (position - 1 - torch.arange(length, device=rows.device)).remainder(length) + 1
         followers = self.state["followers"].long()
-        exists = ((back <= position) & (followers >= 0))[:, None, None]
+        exists = ((back <= position) & (back <= window) & (followers >= 0))[:, None, None]
         scores = (asked @ rows[:, None].transpose(-1, -2)).float()
         followers = followers.clamp_min(0)
         embeddings = pointer.embeddings(followers, self.model.table)

@@ -131,9 +131,9 @@ def _kept_of(decoder: DecoderState, name: str, rows: Tensor, first: int) -> tupl
 
 def _fill_followers(decoder: DecoderState, tokens: Tensor) -> None:
     """Notes what followed each of the last positions, of tokens (B, n); the last one's comes with the next step."""
-    window = decoder.state["followers"].shape[1]
-    positions = torch.arange(max(0, tokens.shape[1] - 1 - window), tokens.shape[1] - 1, device=decoder.device)
-    decoder.state["followers"][:, positions % window] = tokens[:, positions + 1].int()
+    length = decoder.state["followers"].shape[1]
+    positions = torch.arange(max(0, tokens.shape[1] - 1 - length), tokens.shape[1] - 1, device=decoder.device)
+    decoder.state["followers"][:, positions % length] = tokens[:, positions + 1].int()
 
 
 def _solved(decoder: DecoderState, text: Tensor, first: int) -> Tensor:

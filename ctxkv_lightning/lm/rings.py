@@ -1,7 +1,8 @@
 """Rings: which positions a decoder keeps, in which rows, and which of them a query reads.
 
 The positions that a query reads lie so regularly in a ring of (M-1)·I rows that they are a view of it: nothing is
-gathered, and those that do not exist yet are the last ones, so that nothing is masked.
+gathered, and those that do not exist yet are the last ones, so that nothing is masked. From a ring that keeps more, for
+another reader, they are gathered.
 """
 
 import torch
@@ -11,11 +12,11 @@ from ctxkv_lightning.lm.attention import Selection
 
 
 class Ring:
-    """Where positions stand in a ring that holds exactly those that a later query can still read."""
+    """Where positions stand in a ring that holds those that a later query can still read, `at_least` so many."""
 
-    def __init__(self, interval: int, max_contexts: int, selection: Selection) -> None:
+    def __init__(self, interval: int, max_contexts: int, selection: Selection, at_least: int = 0) -> None:
         self.interval, self.max_contexts, self.selection = interval, max_contexts, selection
-        self.length = (max_contexts - 1) * (1 if selection == "grid" else interval)
+        self.length = max(at_least, (max_contexts - 1) * (1 if selection == "grid" else interval))
 
     def keeps(self, position: int | Tensor) -> bool | Tensor:
         """Whether a query after this position may read it; of a strided ring, without a look at the position."""
@@ -36,7 +37,7 @@ class Ring:
             if self.selection == "grid":
                 return rows[..., : -(-position // self.interval), :]
             read = min(read, position // interval)
-            if interval == self.interval:  # the rows of the position's residue
+            if self.length == (self.max_contexts - 1) * interval:  # the rows of the position's residue
                 return rows.unflatten(-2, (self.max_contexts - 1, interval))[..., :read, position % interval, :]
         back = torch.arange(interval, interval * (read + 1), interval, device=rows.device)
         return rows.index_select(-2, (position - back).remainder_(self.length))

@@ -100,7 +100,7 @@ class DecoderState:
         else:
             self.reads = [self._make_rings(number) for number in range(len(self.layers))]
         if self.model.recipe.pointer_heads:
-            self._make_pointer(self.model.recipe.pointer_window)
+            self._make_pointer()
         if self.model.recipe.ngram:  # the token before the current one: none
             self.state["before"] = self._zeros().int().fill_(self.model.embedding.num_embeddings)
 
@@ -116,7 +116,8 @@ class DecoderState:
             found.append((heads, interval, name))
             if name in self.rings:
                 continue
-            ring = Ring(max(groups) if shared else interval, attention.max_contexts, attention.selection)
+            pointed_at = self._pointed_at if shared else 0
+            ring = Ring(max(groups) if shared else interval, attention.max_contexts, attention.selection, pointed_at)
             self.rings[name] = ring
             if pairs:
                 self.pairs.add(name)
@@ -125,15 +126,19 @@ class DecoderState:
                 self.state[name] = self._zeros(ring.length, self.state["context"].shape[1])
         return found
 
-    def _make_pointer(self, window: int) -> None:
-        """The pointer's ring, which is the attention's where that one holds the very same contexts."""
+    @property
+    def _pointed_at(self) -> int:
+        """How many contexts the pointer needs; 0 without one."""
+        return self.model.recipe.pointer_window if self.model.recipe.pointer_heads else 0
+
+    def _make_pointer(self) -> None:
+        """The pointer's ring, which is the attention's where that one holds every context of its reach."""
         self._pointer_ring = "contexts"
-        same = "contexts" in self.rings and self.rings["contexts"].selection == "strided"
-        if not same or self.rings["contexts"].length != window:
+        if "contexts" not in self.rings or self.rings["contexts"].selection == "grid":
             self._pointer_ring = "pointer"
-            self.rings["pointer"] = Ring(1, window + 1, "strided")
-            self.state["pointer"] = self._zeros(window, self.state["context"].shape[1])
-        self.state["followers"] = self._zeros(window).int()
+            self.rings["pointer"] = Ring(1, self._pointed_at + 1, "strided")
+            self.state["pointer"] = self._zeros(self._pointed_at, self.state["context"].shape[1])
+        self.state["followers"] = self._zeros(self.rings[self._pointer_ring].length).int()
 
 
 def turned(attention: ContextAttention, x: Tensor, start: int | Tensor) -> Tensor:

@@ -47,9 +47,10 @@ MODELS = {
     "recipe_deep_recurrence": lambda: RecurrenceLM(V, D, C, 48, 0.1, RECIPE, layers=2),
     "interleaved": lambda: ContextKVLM(V, D, C, H, [1, 8, 1, 8], 4, 48, 0.1),
     "recipe_unordered": lambda: ContextKVLM(V, D, C, H, [3, 1, 8, 1], 4, 48, 0.1, recipe=RECIPE),
-    "recipe_own_ring": lambda: ContextKVLM(
+    "recipe_short_pointer": lambda: ContextKVLM(
         V, D, C, H, 5, 4, 48, 0.1, recipe={**RECIPE, "pointer_window": 9, "pointer_values": False}
     ),
+    "recipe_long_pointer": lambda: ContextKVLM(V, D, C, H, [1, 3, 3, 5], 4, 48, 0.1, recipe=RECIPE, layers=2),
     "recipe_grid": lambda: ContextKVLM(V, D, C, H, 5, 4, 48, 0.1, "grid", {**RECIPE, "norm": "post"}),
     "recipe_transformer": lambda: TransformerLM(V, D, H, 48, 0.1, None, C, RECIPE),
     "recipe_sliding_window": lambda: TransformerLM(V, D, H, 48, 0.1, 7, C, RECIPE),
@@ -198,7 +199,7 @@ def test_a_gpu_replays_what_a_cpu_steps(name, keep):
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 24, 40])
-@pytest.mark.parametrize("name", ["recipe", "recipe_own_ring", "recipe_recurrence"])
+@pytest.mark.parametrize("name", ["recipe", "recipe_short_pointer", "recipe_recurrence"])
 def test_a_writer_is_not_pointed_at_its_own_words(name, length):
     """From the first word on, until none of the prompt is left in the window."""
     model, tokens = made(name), torch.randint(0, V, (length + 45,))
@@ -245,6 +246,13 @@ def test_a_published_decoder_keeps_its_window_and_on_the_grid_exactly_max_contex
     assert state_bytes(strided, 1, "kv") == 620 * 2 * 768 * 4 + 256 * 4
     assert state_bytes(TransformerLM(50, 768, 8, 8, 0.0), 1_000) == 1_000 * 2 * 768 * 4
     assert state_bytes(TransformerLM(50, 768, 8, 8, 0.0, 103), 10**6) == 102 * 2 * 768 * 4
+
+
+@pytest.mark.parametrize(("pointed_at", "kept"), [(9, 20), (20, 20), (24, 24)])
+def test_a_context_that_attention_and_the_pointer_read_is_kept_once(pointed_at, kept):
+    recipe = {"pointer_heads": 1, "pointer_window": pointed_at}
+    model = ContextKVLM(V, D, C, H, [1, 3, 3, 5], 5, 48, 0.1, recipe=recipe)
+    assert state_bytes(model, 99) == 4 * (C + kept * (C + 1))  # and what followed each of them
 
 
 def test_the_parts_in_which_a_prompt_is_read_do_not_show(monkeypatch):

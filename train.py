@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from ctxkv_lightning.config import Config, from_composed
 from ctxkv_lightning.door import CommandLine, identity, read_command_line
 from ctxkv_lightning.errors import EXIT_CODE, UserError
+from ctxkv_lightning.run.ctrl_c import heard
 from ctxkv_lightning.run.find import follows
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -183,4 +184,5 @@ def _share_processors(asked: CommandLine) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with heard():
+        main()

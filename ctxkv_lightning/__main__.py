@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ctxkv_lightning.errors import EXIT_CODE, UserError
+from ctxkv_lightning.run.ctrl_c import heard
 
 Handler = Callable[[argparse.Namespace], None]
 
@@ -228,4 +229,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with heard():
+        sys.exit(main())

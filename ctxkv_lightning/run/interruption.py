@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
@@ -94,10 +95,12 @@ class Safeguard(Checkpoint):
         self._before = {}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            if self._received == number:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            where = "step" if self.between == "steps" else "iteration"
+        before, self._received = self._received, number
+        if number != signal.SIGINT:
+            return
+        if before == number:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        where = "step" if self.between == "steps" else "iteration"
+        with suppress(RuntimeError):  # of a print in whose midst it came
             print(f"\nsaving at the end of this {where}; Ctrl-C again quits without saving", flush=True)
-        self._received = number

@@ -131,6 +131,20 @@ def test_a_finished_run_says_what_it_keeps_exports_and_writes(model, tmp_path):
         check_attention(metrics, trained.model, run)
 
 
+@pytest.mark.parametrize("model", [MODELS[0], *(pytest.param(model, marks=pytest.mark.slow) for model in MODELS[1:])])
+def test_the_experiment_itself_runs_to_its_report(model, tmp_path):
+    """With all that its file says, but sizes: local layers, a taught encoder and all."""
+    small = (
+        "samples=8 data.heldout_bytes=8000 tokenizer.vocab_size=400 embedding.dim=32 context_dim=16 model.ffn_dim=64 "
+        "interval=[1,1,1,1,2,2,3,4] pretrain.max_iterations=2 pretrain.lm_epochs=1 train.max_epochs=1"
+    )
+    words = ["experiment=best", f"model={model}", *small.split(), f"cache_dir={tmp_path / 'cache'}"]
+    pipeline.run_experiment(check_command_line(words)[0], tmp_path / "run")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["result"]["test_ppl"] > 1
+    assert (tmp_path / "run" / "report.md").exists()
+
+
 def check_writing(trained):
     """What is written is what a writing decoder gives, which is not pointed at its own words."""
     prompt = "Zeile 1 Zeile 1 Zeile 1"

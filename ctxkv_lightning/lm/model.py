@@ -233,7 +233,7 @@ class ContextKVLM(TiedLM):
     def slot_weights(self, embeddings: Tensor, contexts: Tensor, first: Tensor | None = None) -> Tensor:
         """As `ContextAttention.slot_weights`, of the heads of all n layers that read contexts (n · H, M), in order."""
         hidden, found = embeddings, []
-        reading = [layer for layer in self.layers if isinstance(layer.attention, ContextAttention)]
+        reading = [layer for layer in self.layers if not isinstance(layer.attention, TokenAttention)]
         for number, layer in enumerate(reading):
             if number:
                 hidden = reading[number - 1].ffn(reading[number - 1].attention(hidden, contexts, first))

@@ -177,6 +177,14 @@ def test_slot_weights_are_those_of_every_layers_heads():
     torch.testing.assert_close(weights[H:], second.attention.slot_weights(hidden, contexts))
 
 
+def test_local_layers_have_no_slots():
+    model = shaken(ContextKVLM(V, D, C, H, 3, 4, 16, layers=3, local_window=5))
+    embeddings, contexts = torch.randn(1, 20, D), torch.randn(1, 20, C)
+    weights = model.slot_weights(embeddings, contexts)
+    assert weights.shape == (H, 4)
+    torch.testing.assert_close(weights, model.attention.slot_weights(embeddings, contexts))
+
+
 def test_the_weights_that_are_reported_are_those_without_dropout():
     module = ContextKVLMModule(V, D, C, H, 3, 4, 16, layers=2, dropout=0.5)
     shaken(module.model)

@@ -75,6 +75,10 @@ results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it
 	$(BEST) seed=42,1,2 model=recurrence recipe.pointer_window=602 $(OUT)/best-rivals
 	$(BEST) seed=42,1,2 model=sliding_window model.window_tokens=25 recipe.pointer_window=310 $(OUT)/equal-bytes
 	$(BEST) seed=42,1,2 model=sliding_window model.window_tokens=9 recipe.pointer_window=500 $(OUT)/equal-bytes
+	$(BEST) 'interval=[1,1,1,1,2,2,3,4]' model.local_window=4 recipe.pointer_window=123 $(OUT)/best-smaller
+	$(BEST) model=sliding_window model.window_tokens=5 recipe.pointer_window=102 $(OUT)/best-smaller
+	$(BEST) model=sliding_window model.window_tokens=3 recipe.pointer_window=126 $(OUT)/best-smaller
+	$(BEST) model=recurrence recipe.pointer_window=149 $(OUT)/best-smaller
 	$(BEST) seed=42,1,2 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/without-pointer
 	$(BEST) seed=42,1,2 recipe.ngram=false $(OUT)/without-ngram
 	$(BEST) recipe.pointer_heads=0 recipe.pointer_values=false recipe.ngram=false $(OUT)/without-both

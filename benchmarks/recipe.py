@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.recipe_runs import (
+    MEMORIES,
     RIVALS,
     Key,
     Published,
     Run,
+    best_split,
     first_seed,
     groups,
     lever_rows,
@@ -29,6 +31,9 @@ def section(runs: Sequence[Run], published: Published, patient: Published) -> li
     parts = ["## The recipe: `experiment=best`", INTRODUCTION, model_table(found)]
     if lever_rows(found):
         parts += ["### Every lever alone, seed 42", LEVERS_ARE, lever_table(found)]
+    if len({row[0] for row in memory_rows(found)}) > 1:
+        head = ["memory", "", "divided", "val. PPL", "test PPL", "bytes kept", "seeds", "ours is at"]
+        parts += ["### With less memory", MEMORIES_ARE, markdown(head, memory_rows(found), left=3)]
     parts += ["### What the recipe says", numbered([*sentences(found, published, patient), *on_chats(runs)])]
     return parts
 
@@ -87,6 +92,39 @@ def lever_table(found: dict[Key, list[Run]]) -> str:
     rows = [[name, f"{ppl:.1f}", f"{ppl / base:.3f} ×", *sizes(runs[0])] for ppl, name, runs in lever_rows(found)]
     rows.append(["the recipe", f"{base:.1f}", "1", *sizes(own[0])])
     return markdown(["", "val. PPL", "against the recipe", "bytes kept", "trained parameters"], rows, left=1)
+
+
+MEMORIES_ARE = (
+    "As many bytes as the recipe keeps, and fewer: each model with the division of its memory that did best on the "
+    "validation set with seed 42, of those that were tried. The last column is the recipe's test PPL over the model's."
+)
+
+
+def memory_rows(found: dict[Key, list[Run]]) -> list[list[str]]:
+    """A row for each memory and model, ours first."""
+    rows = []
+    for share, models in MEMORIES.items():
+        own = best_split(found, models["context_kv"])
+        for model, splits in models.items():
+            if own and (chosen := best_split(found, splits)):
+                ratio = mean(own, "test_ppl") / mean(chosen, "test_ppl")
+                kept = f"{chosen[0]['decode_state']['bytes']['10000']:,}"
+                ppl = [spread(chosen), spread(chosen, "test_ppl")]
+                against = "1" if model == "context_kv" else f"{ratio:.3f} ×"
+                rows.append([share, model, divided(chosen[0]), *ppl, kept, str(len(chosen)), against])
+    return rows
+
+
+def divided(run: Run) -> str:
+    """What a run's memory is for, in words."""
+    config = run["config"]
+    pointed_at = f"pointer over {config['recipe']['pointer_window']} contexts"
+    if config["model"]["name"] == "context_kv":
+        reach = max(config["interval"]) * (config["max_contexts"] - 1)
+        return f"{pointed_at}, {reach} in reach, local layers over {config['model']['local_window']} tokens"
+    if config["model"]["name"] == "sliding_window":
+        return f"{pointed_at}, {config['model']['window_tokens']} tokens in each layer"
+    return pointed_at
 
 
 def sizes(run: Run) -> list[str]:

@@ -60,21 +60,47 @@ LEVERS: dict[str, dict[str, Any]] = {
 }
 """What is done to the recipe, in words, and the keys that do it (`make results-best`)."""
 
-HALVES: dict[str, Any] = {"model.name": "sliding_window", "model.window_tokens": 25, "recipe.pointer_window": 310}
-MOST: dict[str, Any] = {"model.name": "sliding_window", "model.window_tokens": 9, "recipe.pointer_window": 500}
-"""A sliding window and a pointer that keep, together, as many bytes as the recipe: half for each, or four fifths.
 
-A recurrence has room for more of the pointer's contexts, keeping no others.
-"""
+def window(tokens: int, pointed_at: int) -> dict[str, Any]:
+    """A sliding window over so many tokens in each layer, and a pointer over so many contexts."""
+    return {"model.name": "sliding_window", "model.window_tokens": tokens, "recipe.pointer_window": pointed_at}
+
+
+def nothing_else(pointed_at: int) -> dict[str, Any]:
+    """A recurrence, which keeps the pointer's contexts alone."""
+    return {"model.name": "recurrence", "recipe.pointer_window": pointed_at}
+
 
 RIVALS: dict[str, dict[str, Any]] = {
     "transformer": {"model.name": "transformer"},
     "sliding_window": {"model.name": "sliding_window"},
-    "sliding_window, half for its pointer": HALVES,
-    "sliding_window, most for its pointer": MOST,
-    "recurrence": {"model.name": "recurrence", "recipe.pointer_window": 602},
+    "sliding_window, half for its pointer": window(25, 310),
+    "sliding_window, most for its pointer": window(9, 500),
+    "recurrence": nothing_else(602),
 }
-"""Other models with the same extras, and the keys that choose them."""
+"""Other models with the same extras, and the keys that choose them.
+
+A sliding window and its pointer keep, together, as many bytes as the recipe; a recurrence, which keeps no contexts but
+the pointer's, has room for more of those.
+"""
+
+Splits = dict[str, tuple[dict[str, Any], ...]]
+"""By model, the keys of each way in which its memory was divided."""
+
+WHOLE = "all"
+MEMORIES: dict[str, Splits] = {
+    WHOLE: {
+        "context_kv": ({},),
+        "sliding_window": (window(25, 310), window(9, 500)),
+        "recurrence": (nothing_else(602),),
+    },
+    "a quarter": {
+        "context_kv": ({"interval": [1, 1, 1, 1, 2, 2, 3, 4], "model.local_window": 4, "recipe.pointer_window": 123},),
+        "sliding_window": (window(5, 102), window(3, 126)),
+        "recurrence": (nothing_else(149),),
+    },
+}
+"""How much of the recipe's bytes may be kept, and what each model was tried with that keeps no more."""
 
 Key = tuple[tuple[str, Any], ...]
 Published = Mapping[int, Sequence[Run]]
@@ -132,6 +158,12 @@ def spread(runs: Sequence[Run], name: str = "val_ppl") -> str:
 def first_seed(found: dict[Key, list[Run]], **changed: Any) -> list[Run]:
     """The run of seed 42 that changes exactly this, if there is one."""
     return [run for run in of(found, **changed) if run["config"]["seed"] == 42]
+
+
+def best_split(found: dict[Key, list[Run]], splits: Sequence[dict[str, Any]]) -> list[Run]:
+    """All seeds of the split of memory whose run of seed 42 does best on the validation set."""
+    tried = [(mean(chosen), i) for i, changed in enumerate(splits) if (chosen := first_seed(found, **changed))]
+    return of(found, **splits[min(tried)[1]]) if tried else []
 
 
 def lever_rows(found: dict[Key, list[Run]]) -> list[tuple[float, str, list[Run]]]:

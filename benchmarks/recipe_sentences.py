@@ -7,13 +7,16 @@ from typing import Any
 from benchmarks.recipe_runs import (
     LAYERS,
     LEVERS,
+    MEMORIES,
     NO_CONTEXTS,
     RIVALS,
     TAUGHT_BRIEFLY,
     UNTAUGHT,
+    WHOLE,
     Key,
     Published,
     Run,
+    best_split,
     first_seed,
     has_recipe,
     lever_rows,
@@ -38,6 +41,7 @@ def sentences(found: dict[Key, list[Run]], published: Published, patient: Publis
         *without_pointer(found),
         *against_rivals(found),
         *best_of_all(found),
+        *with_less_memory(found),
         *worth_of_layers(found),
         *worth_of_levers(found),
         *worth_of_teaching(found),
@@ -156,6 +160,29 @@ def against_rivals(found: dict[Key, list[Run]]) -> list[str]:
     """A sentence for each rival with the same extras."""
     each = [(of(found, **RIVALS[name]), name, bound, words) for name, bound, words in RIVALS_ARE]
     return [against(of(found), rival, *rest) for rival, *rest in each if rival]
+
+
+def with_less_memory(found: dict[Key, list[Run]]) -> list[str]:
+    """What less memory costs the recipe, and where it then stands against rivals that keep no more."""
+    whole, said = best_split(found, MEMORIES[WHOLE]["context_kv"]), []
+    for share, models in MEMORIES.items():
+        own = best_split(found, models["context_kv"])
+        if share == WHOLE or not own or not whole:
+            continue
+        theirs = {name: best_split(found, splits) for name, splits in models.items() if name != "context_kv"}
+        beside = [f"{times(own, runs)} that of a `{name}`" for name, runs in theirs.items() if runs]
+        kept = own[0]["decode_state"]["bytes"]["10000"]
+        said.append(
+            f"With {share} of the bytes ({kept:,}) the recipe's test PPL is {times(own, whole)} as high"
+            + (f", and {' and '.join(beside)} that keeps no more." if beside else ".")
+        )
+    return said
+
+
+def times(own: list[Run], others: list[Run]) -> str:
+    """Test PPL against that of others, over the seeds that both have."""
+    first, second = of_the_same_seeds(own, others)
+    return f"{mean(first, 'test_ppl') / mean(second, 'test_ppl'):.3f} × ({seeds(first)})"
 
 
 def worth_of_layers(found: dict[Key, list[Run]]) -> list[str]:

@@ -208,6 +208,39 @@ def test_what_teaching_is_worth_is_said_of_the_seeds_that_both_have(runs):
     assert said.endswith("1.200 × as high. Taught for half as long, by all of its weights, it brings 110.0 (one seed).")
 
 
+def with_a_quarter(ppl, model="context_kv", division=0):
+    """A run that keeps a quarter of the recipe's bytes, in one of the divisions of its memory."""
+    changes = recipe_runs.MEMORIES["a quarter"][model][division]
+    words = [f"model={value}" if key == "model.name" else f"{key}={value}" for key, value in changes.items()]
+    run = made(ppl, *(word.replace(" ", "") for word in words))
+    return run | {"decode_state": {"bytes": {"10000": 250}}}
+
+
+def test_less_memory_is_told_with_the_divisions_that_did_best_on_the_validation_set(runs):
+    whole = recipe_runs.groups(runs)
+    assert recipe_sentences.with_less_memory(whole) == []
+    assert "### With less memory" not in recipe.section(runs, {}, {})
+    less = [with_a_quarter(50.0), *(with_a_quarter(ppl, "sliding_window", i) for i, ppl in enumerate((62.5, 55.0)))]
+    less[-1]["result"]["test_ppl"] = 120.0  # which chooses nothing
+    found = recipe_runs.groups([*runs, *less])
+    (said,) = recipe_sentences.with_less_memory(found)
+    assert said == (
+        "With a quarter of the bytes (250) the recipe's test PPL is 1.250 × (one seed) as high, "
+        "and 0.833 × (one seed) that of a `sliding_window` that keeps no more."
+    )
+    rows = recipe.memory_rows(found)
+    assert [row[:2] for row in rows] == [
+        ["all", "context_kv"],
+        ["all", "recurrence"],
+        ["a quarter", "context_kv"],
+        ["a quarter", "sliding_window"],
+    ]
+    assert rows[0][-1] == rows[2][-1] == "1"
+    assert rows[3][-1] == "0.833 ×"
+    assert rows[3][2] == "pointer over 126 contexts, 3 tokens in each layer"
+    assert "### With less memory" in recipe.section([*runs, *less], {}, {})
+
+
 @pytest.mark.parametrize("ppl", [49.9, 50.1])
 def test_the_best_on_the_validation_set_is_named_where_it_is_a_rival(runs, ppl):
     models = [*runs[:3], made(60.0, "model=recurrence", "recipe.pointer_window=602"), made(ppl, "model=transformer")]

@@ -17,7 +17,7 @@ from benchmarks.recipe_runs import (
     of,
     spread,
 )
-from benchmarks.recipe_sentences import on_chats, sentences
+from benchmarks.recipe_sentences import on_chats, sentences, times
 
 
 def section(runs: Sequence[Run], published: Published, patient: Published) -> list[str]:
@@ -107,10 +107,9 @@ def memory_rows(found: dict[Key, list[Run]]) -> list[list[str]]:
         own = best_split(found, models["context_kv"])
         for model, splits in models.items():
             if own and (chosen := best_split(found, splits)):
-                ratio = mean(own, "test_ppl") / mean(chosen, "test_ppl")
                 kept = f"{chosen[0]['decode_state']['bytes']['10000']:,}"
                 ppl = [spread(chosen), spread(chosen, "test_ppl")]
-                against = "1" if model == "context_kv" else f"{ratio:.3f} ×"
+                against = "1" if model == "context_kv" else times(own, chosen)
                 rows.append([share, model, divided(chosen[0]), *ppl, kept, str(len(chosen)), against])
     return rows
 

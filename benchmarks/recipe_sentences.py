@@ -174,7 +174,7 @@ def with_less_memory(found: dict[Key, list[Run]]) -> list[str]:
         kept = own[0]["decode_state"]["bytes"]["10000"]
         said.append(
             f"With {share} of the bytes ({kept:,}) the recipe's test PPL is {times(own, whole)} as high"
-            + (f", and {' and '.join(beside)} that keeps no more." if beside else ".")
+            + (f", and {' and '.join(beside)} with as few." if beside else ".")
         )
     return said
 

@@ -73,7 +73,8 @@ def prepare_text(config: Config) -> Text:
     for name, size in sizes.items():
         if size < 2:
             raise UserError(f"the {name} text has {size} tokens and needs at least 2: add text")
-    if "interval" not in config.unread:
+    spans = config.model.name == "sliding_window" and config.model.window_tokens is None  # what contexts would take
+    if spans or "interval" not in config.unread:
         _check_intervals(config, sizes["train"])
     log.info(
         f"text {len(chosen['train']):,} documents, {sizes['train']:,} training tokens, vocabulary "

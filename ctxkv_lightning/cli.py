@@ -167,31 +167,59 @@ def _folder_of(file: Path) -> list[str]:
 
 def check_overruled(arguments: Sequence[str]) -> None:
     """Raises UserError for a `--seed_everything`, or a value of the model, that a checkpoint would win over unseen."""
-    files = [yaml.safe_load(Path(file).read_text(encoding="utf-8")) for file in values_of(arguments, *CONFIG)]
-    paths = [*(file["ckpt_path"] for file in files if file.get("ckpt_path")), *values_of(arguments, "--ckpt_path")]
-    if not paths:
+    files = [_content(file) for file in values_of(arguments, *CONFIG)]
+    checkpoint = _checkpoint_of(arguments)
+    if checkpoint is None:
         return
     seeds = values_of(arguments, "--seed_everything")
     if seeds and yaml.safe_load(seeds[-1]) not in [file.get("seed_everything") for file in files[-1:]]:
         raise UserError(
-            f"--seed_everything={seeds[-1]} has no effect, for random numbers go on as in {paths[-1]}: leave it out or "
-            "start a new run"
+            f"--seed_everything={seeds[-1]} has no effect, for random numbers go on as in {checkpoint}: leave it out "
+            "or start a new run"
         )
-    saved = read(Path(paths[-1])).get("hyper_parameters", {})
+    saved = read(Path(checkpoint)).get("hyper_parameters", {})
     written = {name: value for file in files for name, value in file.get("model", {}).items() if name in saved}
     options = [argument.split("=")[0] for argument in arguments if argument.startswith("--model.")]
-    typed = {option[len("--model.") :]: yaml.safe_load(values_of(arguments, option)[-1]) for option in options}
+    given = {option: values for option in options if (values := values_of(arguments, option))}
+    typed = {option[len("--model.") :]: yaml.safe_load(values[-1]) for option, values in given.items()}
     for name, asked in {**written, **typed}.items():
-        if name not in saved or not _same(saved[name], asked):
+        before = _saved_as(saved, name)
+        if not _same(before, asked):
             where = f"--model.{name}={asked}" if name in typed else f"model.{name}: {asked} of the file"
             raise UserError(
-                f"{where} has no effect, for {paths[-1]} was trained with {saved.get(name)}: give that, or start a new "
-                "run"
+                f"{where} has no effect, for {checkpoint} was trained with {before}: give that, or start a new run"
             )
+
+
+def _content(file: str) -> dict[str, Any]:
+    settings: dict[str, Any] = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    return settings
+
+
+def _checkpoint_of(arguments: Sequence[str]) -> str | None:
+    """The checkpoint that the last option or file to name one names; raises UserError for what is no path."""
+    named = None
+    for option, value in options_of(arguments, *CONFIG, "--ckpt_path"):
+        if option == "--ckpt_path":
+            named = None if yaml.safe_load(value) is None else value
+        elif "ckpt_path" in (settings := _content(value)):
+            named = settings["ckpt_path"]
+            if not isinstance(named, str | None):
+                raise UserError(f"ckpt_path: {named} of {value} is no path: name a checkpoint, or leave it out")
+    return named
+
+
+def _saved_as(saved: Any, name: str) -> Any:
+    """The saved value of an option, whose dots lead into mappings; None where there is none."""
+    for part in name.split("."):
+        saved = saved.get(part) if isinstance(saved, dict) else None
+    return saved
 
 
 def _same(saved: Any, asked: Any) -> bool:
     """Whether a value is the saved one; YAML takes 3e-4 for a text."""
+    if isinstance(saved, dict) and isinstance(asked, dict):
+        return saved.keys() == asked.keys() and all(_same(saved[name], asked[name]) for name in saved)
     if isinstance(saved, float) and isinstance(asked, str):
         with suppress(ValueError):
             return saved == float(asked)
@@ -200,9 +228,14 @@ def _same(saved: Any, asked: Any) -> bool:
 
 def values_of(arguments: Sequence[str], *names: str) -> list[str]:
     """The values given to an option, as `--name value` or `--name=value`."""
-    values = []
+    return [value for _, value in options_of(arguments, *names)]
+
+
+def options_of(arguments: Sequence[str], *names: str) -> list[tuple[str, str]]:
+    """As `values_of`, each with the name of its option."""
+    found = []
     for number, argument in enumerate(arguments):
         name, has_value, value = argument.partition("=")
         if name in names:
-            values += [value] if has_value else list(arguments[number + 1 : number + 2])
-    return values
+            found += [(name, each) for each in ([value] if has_value else arguments[number + 1 : number + 2])]
+    return found

@@ -97,7 +97,8 @@ def pretrain_as_lm(
     rows = {"rows": RowLoader.ROWS, "steps": RowLoader.STEPS}
     of = {"oacd": oacd.content, "of": oacd.manifest["key"]}
     recipe = {**RECIPE, "weight_dropout": config.pretrain.lm_weight_dropout}
-    key = {**of, "lm_epochs": epochs, "recipe": recipe, "tolerance": tolerance, **rows}
+    named = {name: value for name, value in recipe.items() if value or name != "weight_dropout"}  # which came later
+    key = {**of, "lm_epochs": epochs, "recipe": named, "tolerance": tolerance, **rows}
 
     def build(folder: Path) -> dict[str, Any]:
         L.seed_everything(config.seed, verbose=False)

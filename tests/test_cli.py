@@ -10,8 +10,8 @@ import yaml
 
 from ctxkv_lightning import __main__ as second_door
 from ctxkv_lightning import pipeline
-from ctxkv_lightning.cli import check_overruled
-from ctxkv_lightning.errors import EXIT_CODE
+from ctxkv_lightning.cli import _same, _saved_as, check_overruled
+from ctxkv_lightning.errors import EXIT_CODE, UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
 from ctxkv_lightning.run.folder import RunFolder, alone_in
 from ctxkv_lightning.run.saved import read
@@ -81,6 +81,14 @@ def test_fit_ends_after_a_signal_as_train_does_and_lets_go_of_the_run(stopped, m
         pass
 
 
+def test_values_are_compared_at_any_depth():
+    saved = {"lr": 3e-4, "recipe": {"output_dropout": 0.3}}
+    assert _same(saved["recipe"], {"output_dropout": "3e-1"})
+    assert not _same(saved["recipe"], {"output_dropout": 0.5})
+    assert _same(_saved_as(saved, "recipe.output_dropout"), 0.3)
+    assert _saved_as({"recipe": None}, "recipe.output_dropout") is None
+
+
 @pytest.mark.slow
 def test_what_a_checkpoint_would_overrule_is_refused(stopped, capsys):
     _, run = stopped
@@ -102,6 +110,15 @@ def test_what_a_checkpoint_would_overrule_is_refused(stopped, capsys):
     assert "model.lr: 0.5 of the file has no effect" in capsys.readouterr().err
     saved = read(run / "checkpoints" / "last.ckpt")["hyper_parameters"]["lr"]
     check_overruled([str(each) for each in (*common, f"--model.lr={saved:e}")])
+    check_overruled(["fit", "--config", str(run / "own.yaml"), "--ckpt_path=null"])  # a new run
+    last = str(run / "checkpoints" / "last.ckpt")
+    for words in (["--ckpt_path=none.ckpt", f"--config={run / 'own.yaml'}"], [f"--ckpt_path={last}", "--model.lr=0.5"]):
+        with pytest.raises(UserError, match=f"has no effect, for {last}"):
+            check_overruled(words)
+    check_overruled([f"--ckpt_path={last}", "--model.lr"])  # which LightningCLI has a sentence for
+    (run / "own.yaml").write_text(yaml.safe_dump(own | {"ckpt_path": 5}))
+    assert cli("fit", "--config", run / "own.yaml") == EXIT_CODE
+    assert "ckpt_path: 5 of" in capsys.readouterr().err
     assert read(run / "checkpoints" / "last.ckpt")["global_step"] == before
 
 

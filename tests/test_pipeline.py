@@ -255,6 +255,9 @@ def test_an_interval_longer_than_the_text_is_refused(tmp_path):
         pipeline.run_experiment(replace(text_config(tmp_path, "a.txt"), interval=5000), tmp_path / "run")
     plain = text_config(tmp_path, "a.txt")
     build.prepare_text(replace(plain, interval=5000, model=replace(plain.model, name="recurrence")))  # which reads none
+    spanned = replace(plain, interval=5000, model=replace(plain.model, name="sliding_window", window_tokens=None))
+    with pytest.raises(UserError, match="interval=5000 must be below"):  # as many bytes as contexts would take
+        build.prepare_text(spanned)
 
 
 def test_intervals_of_a_grid_that_never_meet_in_the_text_are_refused(tmp_path):

@@ -5,8 +5,10 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -212,6 +214,17 @@ def test_ctrl_c_twice_quits_at_once(tmp_path):
     child.join()
     assert child.exitcode == -signal.SIGINT
     assert [path.name for path in tmp_path.iterdir()] == ["still here"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("reentrant call"), BrokenPipeError(), ValueError("closed file")])
+def test_a_ctrl_c_is_noted_where_it_cannot_be_told(tmp_path, monkeypatch, error):
+    def write(_):
+        raise error
+
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=write, flush=lambda: None))
+    guard = interruption.Safeguard(tmp_path / "last.ckpt")
+    guard._receive(signal.SIGINT, None)
+    assert guard._received == signal.SIGINT
 
 
 @pytest.mark.slow

@@ -141,4 +141,5 @@ class _MixedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         of_hidden, of_table, of_bias, of_share, of_pointed = ctx.saved_tensors
         of_table = None if of_table is None else gradient * of_table
-        return gradient * of_hidden, of_table, gradient * of_bias, None, gradient * of_share, gradient * of_pointed
+        of_pointed = (gradient * of_pointed).clamp(-LARGEST, LARGEST)  # a loss scaled for fp16 could make it infinite
+        return gradient * of_hidden, of_table, gradient * of_bias, None, gradient * of_share, of_pointed

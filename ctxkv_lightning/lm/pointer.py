@@ -5,8 +5,8 @@
 z_t is the model's normalised final state, of which queries read a LayerNorm; i runs over the last `window` contexts
 before t. It is the continuous cache of Grave, Joulin & Usunier (2017), learned; `output.Gate` mixes it with the rest.
 With `values`, what is pointed at is also read, as attention reads values: to the final state comes
-Σ_h V_h Σ_w p_h(w | t) LayerNorm(E[w]). In a decoder a pointer costs four bytes for each context of its window, the
-token that followed, and the contexts themselves where attention does not keep the very same.
+Σ_h V_h Σ_w p_h(w | t) LayerNorm(E[w]). In a decoder a pointer costs four bytes for each context that is kept, the token
+that followed, and the contexts of its window that attention to every I-th context back does not keep anyway.
 """
 
 from collections.abc import Iterator

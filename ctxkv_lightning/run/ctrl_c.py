@@ -12,6 +12,13 @@ AGAIN_AFTER = 0.05
 """Seconds; a finalizer is over by then."""
 
 
+def _interrupt() -> None:
+    if os.name == "nt":  # where os.kill would end the process
+        signal.raise_signal(signal.SIGINT)
+    else:
+        os.kill(os.getpid(), signal.SIGINT)  # which also wakes what waits
+
+
 @contextmanager
 def heard() -> Iterator[None]:
     """Sends SIGINT once more, a moment later, if its KeyboardInterrupt was raised where Python ignores exceptions.
@@ -23,7 +30,7 @@ def heard() -> Iterator[None]:
 
     def tell(ignored: Any) -> None:
         if ignored.exc_type is KeyboardInterrupt:
-            again = threading.Timer(AGAIN_AFTER, os.kill, (os.getpid(), signal.SIGINT))
+            again = threading.Timer(AGAIN_AFTER, _interrupt)
             again.daemon = True
             again.start()
         else:

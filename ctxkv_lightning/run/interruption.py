@@ -102,5 +102,5 @@ class Safeguard(Checkpoint):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         where = "step" if self.between == "steps" else "iteration"
-        with suppress(RuntimeError):  # of a print in whose midst it came
+        with suppress(RuntimeError, OSError, ValueError):  # in the midst of a print; nobody is left to read it
             print(f"\nsaving at the end of this {where}; Ctrl-C again quits without saving", flush=True)

@@ -181,7 +181,7 @@ def test_a_run_trains_stores_and_reports_it(tmp_path, monkeypatch, model):
         assert not torch.equal(run[name], left_out[name])
     keys = [json.loads(file.read_text())["key"] for file in (tmp_path / "cache" / "encoder").glob("*/manifest.json")]
     recipes = [key["recipe"] for key in keys if "recipe" in key]
-    assert sorted(recipe["weight_dropout"] for recipe in recipes) == sorted([0, 0.5] * (len(recipes) // 2))
+    assert sorted(recipe.get("weight_dropout", 0) for recipe in recipes) == sorted([0, 0.5] * (len(recipes) // 2))
     before, after = (read_metrics(tmp_path / name)["pretrain"] for name in ("plain", "run"))
     each = zip(before.get("encoders", [before]), after.get("encoders", [after]), strict=True)
     for plain, learnt in each:

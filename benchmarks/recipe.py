@@ -96,7 +96,7 @@ def lever_table(found: dict[Key, list[Run]]) -> str:
 
 MEMORIES_ARE = (
     "As many bytes as the recipe keeps, and fewer: each model with the division of its memory that did best on the "
-    "validation set with seed 42, of those that were tried. The last column is the recipe's test PPL over the model's."
+    "validation set with seed 42, of those that were tried. The last column is the recipe's PPL over the model's."
 )
 
 

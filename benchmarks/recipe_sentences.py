@@ -180,9 +180,10 @@ def with_less_memory(found: dict[Key, list[Run]]) -> list[str]:
 
 
 def times(own: list[Run], others: list[Run]) -> str:
-    """Test PPL against that of others, over the seeds that both have."""
+    """PPL against that of others, over the seeds that both have."""
     first, second = of_the_same_seeds(own, others)
-    return f"{mean(first, 'test_ppl') / mean(second, 'test_ppl'):.3f} × ({seeds(first)})"
+    test, validation = (mean(first, name) / mean(second, name) for name in ("test_ppl", "val_ppl"))
+    return f"{test:.3f} × ({validation:.3f} × on the validation set, {seeds(first)})"
 
 
 def worth_of_layers(found: dict[Key, list[Run]]) -> list[str]:

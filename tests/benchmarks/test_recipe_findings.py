@@ -225,8 +225,8 @@ def test_less_memory_is_told_with_the_divisions_that_did_best_on_the_validation_
     found = recipe_runs.groups([*runs, *less])
     (said,) = recipe_sentences.with_less_memory(found)
     assert said == (
-        "With a quarter of the bytes (250) the recipe's test PPL is 1.250 × (one seed) as high, "
-        "and 0.833 × (one seed) that of a `sliding_window` with as few."
+        "With a quarter of the bytes (250) the recipe's test PPL is 1.250 × (1.250 × on the validation set, one seed) "
+        "as high, and 0.833 × (0.909 × on the validation set, one seed) that of a `sliding_window` with as few."
     )
     rows = recipe.memory_rows(found)
     assert [row[:2] for row in rows] == [
@@ -236,7 +236,7 @@ def test_less_memory_is_told_with_the_divisions_that_did_best_on_the_validation_
         ["a quarter", "sliding_window"],
     ]
     assert rows[0][-1] == rows[2][-1] == "1"
-    assert rows[3][-1] == "0.833 × (one seed)"
+    assert rows[3][-1] == "0.833 × (0.909 × on the validation set, one seed)"
     assert rows[3][2] == "pointer over 126 contexts, 3 tokens in each layer"
     assert "### With less memory" in recipe.section([*runs, *less], {}, {})
 

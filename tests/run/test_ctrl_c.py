@@ -35,7 +35,15 @@ def freed(seconds=2.0):
     return "went on"
 
 
-def test_a_ctrl_c_in_a_finalizer_is_sent_again(monkeypatch):
+@pytest.fixture
+def hearing():
+    """Ctrl-C raises here, also where these tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_ctrl_c_in_a_finalizer_is_sent_again(hearing, monkeypatch):
     ignored = []
     monkeypatch.setattr(sys, "unraisablehook", ignored.append)
     assert freed(0.3) == "went on"  # Python's own way, in which it is lost

@@ -31,9 +31,10 @@ def section(runs: Sequence[Run], published: Published, patient: Published) -> li
     parts = ["## The recipe: `experiment=best`", INTRODUCTION, model_table(found)]
     if lever_rows(found):
         parts += ["### Every lever alone, seed 42", LEVERS_ARE, lever_table(found)]
-    if len({row[0] for row in memory_rows(found)}) > 1:
+    memories = memory_rows(found)
+    if len({share for share, *_ in memories}) > 1:
         head = ["memory", "", "divided", "val. PPL", "test PPL", "bytes kept", "seeds", "ours is at"]
-        parts += ["### With less memory", MEMORIES_ARE, markdown(head, memory_rows(found), left=3)]
+        parts += ["### With less memory", MEMORIES_ARE, markdown(head, memories, left=3)]
     parts += ["### What the recipe says", numbered([*sentences(found, published, patient), *on_chats(runs)])]
     return parts
 

@@ -91,8 +91,8 @@ WHOLE = "all"
 MEMORIES: dict[str, Splits] = {
     WHOLE: {
         "context_kv": ({},),
-        "sliding_window": (window(25, 310), window(9, 500)),
-        "recurrence": (nothing_else(602),),
+        "sliding_window": tuple(RIVALS[f"sliding_window, {part} for its pointer"] for part in ("half", "most")),
+        "recurrence": (RIVALS["recurrence"],),
     },
     "a quarter": {
         "context_kv": ({"interval": [1, 1, 1, 1, 2, 2, 3, 4], "model.local_window": 4, "recipe.pointer_window": 123},),

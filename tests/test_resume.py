@@ -376,6 +376,33 @@ def test_a_run_stopped_while_its_best_checkpoint_waits_resumes_bit_for_bit(whole
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize("part", ["embedding table", "encoder"])
+def test_a_run_does_not_go_on_with_contexts_of_another_encoder(whole, shared, tmp_path, monkeypatch, part):
+    """As where a run is moved without its cache: what another machine makes anew is not the same."""
+    assert interrupted(shared, tmp_path / "run", Stop("ContextKVLMModule", STEPS + 3), monkeypatch) == 143
+    kept = read(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    anew = replace(shared, cache_dir=str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        if part == "encoder":
+            save = phase_one.save_encoder
+            patch.setattr(phase_one, "save_encoder", lambda encoder, folder: save(_moved(encoder), folder))
+        else:
+            made = build.embedding.svd_table
+            patch.setattr(build.embedding, "svd_table", lambda *args, **rest: -made(*args, **rest))
+        with pytest.raises(UserError, match=f"the checkpoint's {part} is not the one"):
+            pipeline.run_experiment(anew, tmp_path / "run", resume="strict")
+    assert same(read(tmp_path / "run" / "checkpoints" / "last.ckpt"), kept)
+    pipeline.run_experiment(shared, tmp_path / "run", resume="strict")
+    assert_same_run(tmp_path / "run", whole)
+
+
+def _moved(encoder):
+    """By a hundredth of its weights, which is no rounding."""
+    with torch.no_grad():
+        encoder.linear.weight *= 1.01
+    return encoder
+
+
 @pytest.mark.slow
 def test_changed_settings_are_refused_but_for_the_harmless_ones(whole, shared, tmp_path, monkeypatch):
     config = shared

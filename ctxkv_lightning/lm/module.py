@@ -30,6 +30,9 @@ LAST_RATE = 0.02
 LOOK_EVERY = 16
 """Steps between two looks at whether the loss is still finite, where looking stalls the device."""
 
+SAME = 1e-3
+"""How far frozen weights may be from those of the data, as a part of these: rounding is less, training anew is more."""
+
 
 class ContextKVLMModule(L.LightningModule):
     """Trains a `ContextKVLM`, or a rival of it, with AdamW on the windows of a `ContextDataModule`.
@@ -69,6 +72,7 @@ class ContextKVLMModule(L.LightningModule):
             window_tokens, recipe, layers, local_window,
         )  # fmt: skip
         self.starts_fresh = True
+        self._loaded = False  # a checkpoint, whose frozen parts have not been looked at yet
         self._ppl_of = -1  # the epoch for which Lightning has `train/ppl`
         self._planned: float | None = None  # steps, as the checkpoint has it that training goes on from
         self.train_ppl, self.val_ppl, self.test_ppl = Perplexity(), Perplexity(), Perplexity()
@@ -93,10 +97,11 @@ class ContextKVLMModule(L.LightningModule):
         checkpoint["planned_steps"] = self.trainer.estimated_stepping_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._planned = checkpoint.get("planned_steps")
+        self._planned, self._loaded = checkpoint.get("planned_steps"), True
 
     def on_train_start(self) -> None:
-        """Raises UserError where a linear schedule would go on as another one."""
+        """Raises UserError where a linear schedule would go on as another one, or on other contexts."""
+        self._check_frozen()
         planned, asked = self._planned, self.trainer.estimated_stepping_batches
         goes_on = self.global_step > 0  # a checkpoint may also have been loaded to be looked at
         if goes_on and self.hparams["schedule"] == "linear" and planned not in (None, asked):
@@ -104,6 +109,30 @@ class ContextKVLMModule(L.LightningModule):
                 f"the learning rate falls over {planned} steps, and would jump with {asked}: ask for as many epochs "
                 "and batches as before, or start a new run"
             )
+
+    def on_validation_start(self) -> None:
+        """Raises UserError where a checkpoint would be asked about contexts that mean nothing to it; so do tests."""
+        self._check_frozen()
+
+    def on_test_start(self) -> None:
+        self._check_frozen()
+
+    def _check_frozen(self) -> None:
+        """Once for a checkpoint: its table and encoders may be others than made the stores that are read now."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not self._loaded or data is None:
+            return
+        self._loaded = False
+        pairs = [("embedding table", self.model.embedding.weight, data.table)]
+        for own, stored in zip(self.model.encoders(), data.encoders(), strict=True):
+            pairs += [("encoder", a, b) for a, b in zip(own.parameters(), stored.parameters(), strict=True)]
+        for name, mine, its in pairs:
+            if mine.shape != its.shape or (mine.cpu() - its).norm() > SAME * its.norm():
+                raise UserError(
+                    f"the checkpoint's {name} is not the one that the cache now has contexts of (they were made anew, "
+                    "on another machine or by other software): bring back the cache_dir that it was trained with, or "
+                    "start a new run"
+                )
 
     def training_step(self, batch: Windows, batch_index: int) -> Tensor:
         hidden, asked = self._hidden(batch)

@@ -40,6 +40,7 @@ def sentences(found: dict[Key, list[Run]], published: Published, patient: Publis
         *with_counts_and_without(found),
         *without_pointer(found),
         *against_rivals(found),
+        *with_more_text(found),
         *best_of_all(found),
         *with_less_memory(found),
         *worth_of_layers(found),
@@ -160,6 +161,13 @@ def against_rivals(found: dict[Key, list[Run]]) -> list[str]:
     """A sentence for each rival with the same extras."""
     each = [(of(found, **RIVALS[name]), name, bound, words) for name, bound, words in RIVALS_ARE]
     return [against(of(found), rival, *rest) for rival, *rest in each if rival]
+
+
+def with_more_text(found: dict[Key, list[Run]]) -> list[str]:
+    """How the recipe does with 500 samples against the rivals that were trained on as many."""
+    own, more = of(found, **sized(500)), {name: of(found, **sized(500), **changed) for name, changed in RIVALS.items()}
+    beside = [f"{times(own, runs)} that of `{name}`" for name, runs in more.items() if own and runs]
+    return [f"With 500 samples its test PPL is {' and '.join(beside)}."] if beside else []
 
 
 def with_less_memory(found: dict[Key, list[Run]]) -> list[str]:

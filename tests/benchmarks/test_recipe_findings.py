@@ -208,6 +208,17 @@ def test_what_teaching_is_worth_is_said_of_the_seeds_that_both_have(runs):
     assert said.endswith("1.200 × as high. Taught for half as long, by all of its weights, it brings 110.0 (one seed).")
 
 
+def test_rivals_with_more_text_are_told_of_where_they_were_run(runs):
+    assert recipe_sentences.with_more_text(recipe_runs.groups(runs)) == []
+    more = [made(24.0, "samples=500", "model=recurrence", "recipe.pointer_window=602"), made(20.0, "samples=500")]
+    more[1]["config"]["model"]["name"] = "transformer"
+    (said,) = recipe_sentences.with_more_text(recipe_runs.groups([*runs, *more]))
+    assert said == (
+        "With 500 samples its test PPL is 1.500 × (1.500 × on the validation set, one seed) that of `transformer` and "
+        "1.250 × (1.250 × on the validation set, one seed) that of `recurrence`."
+    )
+
+
 def with_a_quarter(ppl, model="context_kv", division=0):
     """A run that keeps a quarter of the recipe's bytes, in one of the divisions of its memory."""
     changes = recipe_runs.MEMORIES["a quarter"][model][division]

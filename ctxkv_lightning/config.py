@@ -82,8 +82,9 @@ class Config:
 
     @property
     def kept_contexts(self) -> int:
-        """Contexts that a decoder of `context_kv` keeps."""
-        return self.max_contexts if self.selection == "grid" else (self.max_contexts - 1) * max(self.intervals) + 1
+        """Contexts that a decoder of `context_kv` keeps: of the grid, those of each interval for itself."""
+        intervals = set(self.intervals)
+        return (self.max_contexts - 1) * (len(intervals) if self.selection == "grid" else max(intervals)) + 1
 
     @property
     def local_reach(self) -> int:

@@ -74,6 +74,7 @@ class ContextDataModule(L.LightningDataModule):
         self.solver = torch.device("cpu")
         self.token_store = Store.open(tokens)
         self.embedding_store = Store.open(embedding)
+        self._held = self.token_store.array("train"), self.embedding_store.array("table")  # `cache prune` sees it
         self.streams: dict[str, Stream] = {}
         self._training: RowLoader | WindowLoader | None = None
         self._progress = NOTHING_READ

@@ -86,15 +86,16 @@ def _check_instances(section: str, settings: Any) -> None:
 
 
 def _check_launcher(launcher: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
-    """Numbers and single words may come from a file; lists and lines could be commands (submitit's `setup`)."""
+    """Numbers and words may come from a file; lists, lines and paths could be commands, or be where pickles are read."""
     for name, value in launcher.items():
         own = {f"launcher.{path}": leaf for path, leaf in flat({name: value}).items()}
         if isinstance(value, str):
-            harmless = value.isprintable() and ("${" not in value or LAUNCHER.get(name) == value)
+            path = name.endswith("folder") or "/" in value or "\\" in value
+            harmless = LAUNCHER.get(name) == value or (value.isprintable() and "${" not in value and not path)
         else:
             harmless = value is None or isinstance(value, (int, float))
         if not harmless and any(typed.get(path) != leaf for path, leaf in own.items()):
-            raise _by_a_file(f"hydra.launcher.{name}", "could be a command to run")
+            raise _by_a_file(f"hydra.launcher.{name}", "could be a command to run, or a folder to write to")
 
 
 def _is_plain_name(value: str) -> bool:

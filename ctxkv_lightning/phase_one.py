@@ -20,7 +20,7 @@ from ctxkv_lightning.run.callbacks import Stages, log
 from ctxkv_lightning.run.checkpoint import RandomState, VerifiedCheckpointIO
 from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.run.interruption import Safeguard
-from ctxkv_lightning.run.machine import resolve_precision
+from ctxkv_lightning.run.machine import describe_machine, resolve_precision
 from ctxkv_lightning.run.saved import steps_done
 from ctxkv_lightning.run.trainer import make_trainer
 from ctxkv_lightning.store import Store, get_or_build
@@ -59,7 +59,7 @@ def pretrain(
             target_rate=config.pretrain.target_rate,
             plateau_rate=config.pretrain.plateau_rate,
         )
-        fit(
+        machine = fit(
             module, config, run, data, phase, [stages],
             between="epochs",
             steps=1,
@@ -69,7 +69,7 @@ def pretrain(
             gradient_clip_val=options["clip_norm"],
         )  # fmt: skip
         save_encoder(module.encoder, folder)
-        return module.summary()
+        return {**module.summary(), "machine": machine}
 
     store = get_or_build(config.cache_dir, "encoder", key, build)
     forget(run, phase)
@@ -86,9 +86,9 @@ def pretrain_as_lm(
 ) -> Store:
     """Phase 1's second part, on the same text, from the encoder of the first: a store with the facts of both.
 
-    It is trained in the run's own precision, which like the processor changes what is rounded off and nothing else, and
-    is no part of the key: a run that goes on with another keeps its encoder. Raises UserError where the text is one
-    token.
+    It is trained in the run's own precision. Neither that nor the kind of device is part of the key, so that a run that
+    goes on elsewhere keeps its encoder: who shares a cache shares encoders, and the facts say what made them. Raises
+    UserError where the text is one token.
     """
     data.pretrain_on(data.pretrain_rows, in_rows=True)
     ids, tolerance, epochs = data.pretrain_ids(), config.contexts.tolerance, config.pretrain.lm_epochs
@@ -105,7 +105,7 @@ def pretrain_as_lm(
         table = data.normalised_table
         counts = torch.bincount(ids, minlength=len(table)).float()
         module = RecurrentLMModule(load_encoder(oacd), table, counts, **recipe)
-        fit(
+        machine = fit(
             module, config, run, data, phase, [stages],
             between="steps",
             steps=len(data.train_dataloader()),
@@ -116,7 +116,7 @@ def pretrain_as_lm(
         save_encoder(module.encoder, folder)
         learnt = module.summary(ids, tolerance)
         seconds = oacd.facts["seconds"] + sum(row["seconds"] for row in learnt["lm_history"])
-        return {**oacd.facts, **learnt, "seconds": seconds}
+        return {**oacd.facts, **learnt, "seconds": seconds, "machine": machine}
 
     store = get_or_build(config.cache_dir, "encoder", key, build)
     forget(run, phase)
@@ -137,8 +137,11 @@ def fit(
     callbacks: list[L.Callback],
     between: Literal["steps", "epochs"],
     **options: Any,
-) -> None:
-    """Trains an encoder's module, in one process and from where it was interrupted, if it was; see `Safeguard`."""
+) -> dict[str, str | int]:
+    """Trains an encoder's module, in one process and from where it was interrupted, if it was; see `Safeguard`.
+
+    On what, in which precision: `describe_machine` of it.
+    """
     last = run.pretrain_checkpoint(phase)
     checkpoint = last if last.exists() else None
     trainer = make_trainer(
@@ -151,6 +154,7 @@ def fit(
         **options,
     )
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    return describe_machine(str(trainer.strategy.root_device), str(trainer.precision))
 
 
 def forget(run: RunFolder, phase: str) -> None:

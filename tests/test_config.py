@@ -225,7 +225,8 @@ def test_bytes_kept_decide_the_sliding_window():
 @pytest.mark.parametrize(
     "arguments",
     ["", "experiment=mqar max_contexts=4", "interval=1 max_contexts=1", "model.layers=3", "recipe.read_current=true",
-     "model.layers=4 model.local_window=8", "experiment=best"],
+     "model.layers=4 model.local_window=8", "experiment=best", "selection=grid", "selection=grid interval=20",
+     "selection=grid interval=[1,1,5,5,20,20,20,20] model.layers=2"],
 )  # fmt: skip
 def test_a_sliding_window_is_as_long_as_its_bytes_allow(arguments):
     def kept(*more):

@@ -8,6 +8,7 @@ from ctxkv_lightning import datamodule
 from ctxkv_lightning.context.encoder import ContextEncoder
 from ctxkv_lightning.context.pretrain import save_encoder
 from ctxkv_lightning.datamodule import SPLITS, ContextDataModule
+from ctxkv_lightning.run.cache import prune
 from ctxkv_lightning.store import create_array, get_or_build
 from ctxkv_lightning.text.ngram import KneserNeyTrigram, held_out
 from ctxkv_lightning.windows import Stream, WindowLoader
@@ -67,6 +68,15 @@ def test_both_ways_of_storing_give_the_same_batches_and_their_own_sizes(stores, 
     assert by_table.sizes()["as_table"] == V * D * 4
     assert by_table.sizes()["as_tokens"] == sum(SIZES.values()) * D * 4
     assert by_table.normalised_store().size("table") == pytest.approx(V * D * 4, abs=200)
+
+
+def test_what_is_read_is_not_pruned(stores, tmp_path):
+    """In Phase 1 too, whose batches are copies."""
+    data = ContextDataModule(**{**stores, "encoders": None}, cache_dir=str(tmp_path))
+    next(iter(data.train_dataloader()))
+    assert {entry.kind for entry in prune(tmp_path, 0)} == {"encoder"}
+    assert len(data.token_store.array("train")) == SIZES["train"]
+    assert data.table.shape == (V, D)
 
 
 def test_contexts_are_shared_by_runs_that_differ_in_the_window_only(stores, tmp_path):

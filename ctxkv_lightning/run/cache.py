@@ -84,23 +84,27 @@ def prune(root: Path, older_than: float | None = None) -> list[Entry]:
     With `older_than` also stores that have not been used for so many days. What a process of this machine has mapped,
     and what is locked or being built, stays. Raises UserError where the cache cannot be written.
     """
-    mapped, removed = mapped_files(), []
-    for entry in entries(root, "once"):
-        old = older_than is not None and entry.age > older_than * DAY and entry.state != "in work"
-        used = any(file.startswith(f"{entry.path.resolve()}{os.sep}") for file in mapped)
-        if (old or entry.state in USELESS) and not used and _remove(entry):
-            removed.append(entry)
-    return removed
+    return [entry for entry in entries(root, "once") if _may_go(entry, older_than) and _remove(entry, older_than)]
 
 
-def _remove(entry: Entry) -> bool:
-    """Removes an entry; False if somebody is at it."""
+def _may_go(entry: Entry, older_than: float | None) -> bool:
+    old = older_than is not None and entry.age > older_than * DAY and entry.state != "in work"
+    return old or entry.state in USELESS
+
+
+def _in_use(entry: Entry) -> bool:
+    inside = f"{entry.path.resolve()}{os.sep}"
+    return any(file.startswith(inside) for file in mapped_files())
+
+
+def _remove(entry: Entry, older_than: float | None) -> bool:
+    """Removes an entry; False if somebody is at it, or has been since it was looked at: hashing takes long."""
     store = entry.path.with_name(entry.digest)
     lock = lock_of(store)
     try:
         lock.acquire(timeout=0)
         now = _look(entry.path, "once")
-        if now is None or now.state != entry.state:
+        if now is None or now.state != entry.state or not _may_go(now, older_than) or _in_use(now):
             return False
         if entry.state == "left over":
             shutil.rmtree(entry.path)

@@ -67,7 +67,7 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def describe_machine(device: str, precision: str) -> dict[str, str | int]:
-    """Device and precision of Phase 2, the processor's name and the number of CPU threads."""
+    """Device and precision of a phase, the processor's name and the number of CPU threads."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
     return {"device": device, "precision": precision, "processor": name, "threads": torch.get_num_threads()}
 

@@ -254,6 +254,8 @@ LAUNCHERS = {
     "by reference": "comment: ${oc.env:PATH}",
     "parameters": "additional_parameters: {export: 'LD_PRELOAD=CANARY'}",
     "a line too many": 'comment: "x\\ntouch CANARY"',
+    "a folder": "submitit_folder: elsewhere",
+    "a program": "comment: CANARY",
     "in disguise": "additional_parameters: {x: {_target_: evil.boom}}",
 }
 

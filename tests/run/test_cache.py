@@ -8,6 +8,7 @@ from ctxkv_lightning import store as stores
 from ctxkv_lightning.__main__ import main
 from ctxkv_lightning.builders import aside
 from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.run import cache
 from ctxkv_lightning.run.cache import age, entries, prune, size
 from ctxkv_lightning.store import create_array, get_or_build, lock_of, note_of
 from tests.faults.injections import FORK, flip
@@ -125,6 +126,27 @@ def test_prune_keeps_what_is_being_built_locked_or_mapped(tmp_path):
     del array
     assert {entry.path for entry in prune(tmp_path, 0)} == {mapped, locked}
     assert working.is_dir()
+
+
+@pytest.mark.parametrize("how", ["opened", "mapped"])
+def test_what_comes_into_use_while_others_are_hashed_stays(tmp_path, monkeypatch, how):
+    came, idle = built(tmp_path, 1), built(tmp_path, 2)
+    for path in (came, idle):
+        os.utime(path, (0, 0))
+        os.utime(path / "manifest.json", (0, 0))
+    look, held = cache.entries, []
+
+    def hashing_takes_long(root, hashing):
+        found = look(root, hashing)
+        if how == "opened":
+            stores.Store.open(came)
+        else:
+            held.append(np.load(came / "numbers.npy", mmap_mode="r"))
+        return found
+
+    monkeypatch.setattr(cache, "entries", hashing_takes_long)
+    assert [entry.path for entry in prune(tmp_path, 7)] == [idle]
+    assert (came / "numbers.npy").exists()
 
 
 def test_what_was_used_lately_is_not_old(tmp_path):

@@ -86,7 +86,7 @@ def _check_instances(section: str, settings: Any) -> None:
 
 
 def _check_launcher(launcher: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
-    """Numbers and words may come from a file; lists, lines and paths could be commands, or be where pickles are read."""
+    """Numbers and words may come from a file; lists, lines and paths could be commands, or where pickles are read."""
     for name, value in launcher.items():
         own = {f"launcher.{path}": leaf for path, leaf in flat({name: value}).items()}
         if isinstance(value, str):

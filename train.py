@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from ctxkv_lightning.config import Config, from_composed
 from ctxkv_lightning.door import CommandLine, identity, read_command_line
-from ctxkv_lightning.errors import EXIT_CODE, UserError
+from ctxkv_lightning.errors import EXIT_CODE, UserError, lack_of_memory
 from ctxkv_lightning.run.ctrl_c import heard
 from ctxkv_lightning.run.find import follows
 
@@ -58,7 +58,12 @@ def run(config: Config, folder: Path, resume: Literal["no", "strict", "forgiving
     """Hands over to the pipeline, and loads it: torch has to wait until the command line is right."""
     from ctxkv_lightning.pipeline import run_experiment
 
-    return run_experiment(config, folder, resume)
+    try:
+        return run_experiment(config, folder, resume)
+    except (MemoryError, RuntimeError) as error:
+        if (told := lack_of_memory(error)) is not None:
+            raise told from error
+        raise
 
 
 def main() -> None:

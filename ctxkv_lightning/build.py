@@ -87,6 +87,8 @@ def _check_intervals(config: Config, tokens: int) -> None:
     """Raises UserError where so many training tokens are too few for the intervals."""
     if max(config.intervals) >= tokens:
         raise UserError(f"interval={config.interval} must be below the {tokens:,} training tokens")
+    if config.max_contexts > tokens:
+        raise UserError(f"max_contexts={config.max_contexts} must be at most the {tokens:,} training tokens")
     period = math.lcm(*config.intervals)
     if config.selection == "grid" and period >= tokens:
         raise UserError(
@@ -166,12 +168,13 @@ def build_embedding(config: Config, text: Text) -> Store:
 def build_data(config: Config, text: Text, table: Store) -> ContextDataModule:
     """The data module of both phases, still without an encoder."""
     history, alignment = reach(config)
+    longest = max(len(text.tokens.array(split)) for split in SPLITS)
     return ContextDataModule(
         tokens=str(text.tokens.path),
         embedding=str(table.path),
         memory="contexts" if encoder_parts(config) else "embeddings",
         cache_dir=config.cache_dir,
-        history=history,
+        history=min(history, -(-longest // alignment) * alignment),  # there is no more of it
         alignment=alignment,
         batch_tokens=config.train.batch_tokens,
         pretrain_batch_tokens=config.pretrain.batch_tokens,

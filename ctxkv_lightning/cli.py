@@ -20,11 +20,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from ctxkv_lightning.datamodule import ContextDataModule
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
-from ctxkv_lightning.run.callbacks import History, Stages, announcing
+from ctxkv_lightning.run.callbacks import History, Stages, announcing, log
 from ctxkv_lightning.run.checkpoint import BestCheckpoint, Patience, RandomState, VerifiedCheckpointIO
 from ctxkv_lightning.run.folder import RunFolder, alone_in
 from ctxkv_lightning.run.interruption import Safeguard
-from ctxkv_lightning.run.saved import epochs_done, read, steps_done
+from ctxkv_lightning.run.saved import SUFFIX, epochs_done, read, steps_done
 from ctxkv_lightning.run.trainer import FlushLogs, KeptCSVLogger, quiet_lightning
 
 CONFIG = ("--config", "-c")
@@ -65,9 +65,12 @@ class ContextCLI(LightningCLI):
     def before_fit(self) -> None:
         """Takes the run for itself; keeps the logged rows of the steps that the checkpoint has behind it.
 
-        Raises UserError where that has more epochs behind it than are asked for, or another process has the run.
+        Raises UserError where that has more epochs behind it than are asked for, where another process has the run, and
+        where a new training would replace the checkpoints of an old one.
         """
         options, path = self.config[self.subcommand], self.config[self.subcommand].ckpt_path
+        if not path and self.trainer.is_global_zero:
+            _refuse_to_replace(Path(options.checkpoint.dirpath or "."), Path(options.safeguard.checkpoint))
         done, asked = epochs_done(Path(path)) if path else 0, self.trainer.max_epochs
         if asked is not None and 0 <= asked < done:
             raise UserError(
@@ -79,6 +82,27 @@ class ContextCLI(LightningCLI):
         self._held.enter_context(self._stages("train"))
         kept = steps_done(Path(path)) if path else 0
         self.trainer.logger = KeptCSVLogger(options.csv.folder, options.csv.phase, kept)
+
+    def after_fit(self) -> None:
+        """Says which numbers of the run are not those of its weights any more."""
+        options = self.config[self.subcommand]
+        run = RunFolder(Path(options.csv.folder))
+        if self.trainer.is_global_zero and run.metrics.exists():
+            log.info(
+                f"{run.metrics} and the report are of the training before: 'python train.py resume={run.path} "
+                f"train.max_epochs={self.trainer.current_epoch}' writes them anew"
+            )
+
+
+def _refuse_to_replace(folder: Path, last: Path) -> None:
+    """Raises UserError where there are checkpoints that a training from its beginning would write over."""
+    for path in (last, *sorted(folder.glob(f"*{SUFFIX}"))):
+        if path.exists():
+            raise UserError(
+                f"{path} is of a training that this one, from its beginning, would replace: go on from it with "
+                f"--ckpt_path {path}, or name other folders with --checkpoint.dirpath, --safeguard.checkpoint and "
+                "--csv.folder"
+            )
 
 
 def run_lightning(subcommand: str, arguments: Sequence[str]) -> None:

@@ -129,6 +129,8 @@ class Config:
 
     def _contradictions(self) -> list[str]:
         found = [*self._interval_problems()]
+        if not self.cache_dir.strip():
+            found.append("cache_dir= names no folder: give it one, or leave it out")
         if self.heads >= 1 and self.embedding.dim % self.heads:
             found.append(f"heads={self.heads} does not divide embedding.dim={self.embedding.dim}")
         elif self._attends_to_tokens and self.heads >= 1 and self.embedding.dim // self.heads % 2:

@@ -31,9 +31,10 @@ from ctxkv_lightning.report.runs import Run, as_run
 from ctxkv_lightning.report.words import phrases, short_names
 from ctxkv_lightning.resume import check_identity
 from ctxkv_lightning.run.folder import RunFolder, write_whole
+from ctxkv_lightning.run.saved import check_measured
 from ctxkv_lightning.text.corpus import SEPARATOR
 from ctxkv_lightning.text.tokenizer import encode_documents, fingerprint
-from ctxkv_lightning.use import TrainedModel, open_trained
+from ctxkv_lightning.use import BEST, TrainedModel, open_trained
 
 EVALUATION = "evaluation.json"
 
@@ -113,6 +114,7 @@ def edges_of(config: Config) -> set[int]:
 def evaluate_run(folder: Path, config: Config, asked: Asked) -> dict[str, Any]:
     """Asks one run, writes its evaluation.json, in which suites asked before stay, and returns what was asked now."""
     run, trained = RunFolder(folder), open_trained(folder)
+    check_measured(run.read_metrics(), run.checkpoints / BEST, folder)
     assert trained.metrics is not None
     documents = held_out(run, config, trained, asked.split)
     about = {

@@ -10,8 +10,10 @@ from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.model import TiedLM
 from ctxkv_lightning.lm.state import state_bytes
 from ctxkv_lightning.report.markdown import percent, ppl, table
+from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.run.saved import check_measured
 from ctxkv_lightning.text.encoding import FOLDER, save_encoding
-from ctxkv_lightning.use import TrainedModel, open_run
+from ctxkv_lightning.use import BEST, TrainedModel, open_run
 
 CARD = "README.md"
 SOURCES = {
@@ -26,9 +28,12 @@ SOURCES = {
 def export_run(run: Path, folder: Path) -> Path:
     """Writes the best checkpoint of a finished run into a new `folder`, aside and then renamed; the folder.
 
-    Raises UserError for what is no finished run, for a folder that is there already, and when the disk refuses.
+    Raises UserError for what is no finished run or was trained since it was measured, for a folder that is there
+    already, and when the disk refuses.
     """
     trained = open_run(run)
+    assert trained.metrics is not None
+    check_measured(trained.metrics, RunFolder(run).checkpoints / BEST, run)
     if folder.exists():
         raise UserError(f"{folder} is there already: name a folder that is not")
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")

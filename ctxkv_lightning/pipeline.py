@@ -50,7 +50,7 @@ from ctxkv_lightning.run.machine import (
     resolve_precision,
     solver_device,
 )
-from ctxkv_lightning.run.saved import newest_intact, steps_done
+from ctxkv_lightning.run.saved import newest_intact, stated_of, steps_done
 from ctxkv_lightning.run.trainer import check_hardware, make_trainer
 from ctxkv_lightning.store import Store
 from ctxkv_lightning.text.encoding import save_encoding
@@ -102,7 +102,7 @@ def run_experiment(config: Config, folder: Path, resume: Literal["no", "strict",
             run.write_config(yaml.safe_dump(asdict(replace(config, resume=None)), sort_keys=False))
             log.info(f"run folder {run.path}" + ("" if resume == "no" else " (resumed)"))
             metrics = run_stages(config, run, text, stages)
-            run.write_metrics(metrics)
+            run.write_metrics({**metrics, "weights": stated_of(run.checkpoints / BEST)[0]})
             with stages("report"):
                 report = write_report(run)
             log.info(f"report {report}")
@@ -233,7 +233,7 @@ def collect_metrics(
     best = min(epochs, key=lambda row: row["val_ppl"])
     val_ppl, precision = trained.scores[MONITOR], trained.module.trainer.precision
     return {
-        "config": asdict(config),
+        "config": asdict(replace(config, resume=None)),
         "versions": describe_versions(),
         "machine": describe_machine(str(trained.module.trainer.strategy.root_device), str(precision)),
         "data": {

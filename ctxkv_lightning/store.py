@@ -38,7 +38,7 @@ LONG_TO_HASH = 1 << 30
 """Bytes from which on hashing takes so long that it is told."""
 
 UNWRITABLE = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST,
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
 }  # fmt: skip
 
 ADVICE = "'python -m ctxkv_lightning cache prune' removes what is damaged, and it is built again when it is needed"
@@ -188,7 +188,7 @@ def get_or_build(
     with suppress(UserError):
         return Store.open(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent, root)
         with _turn(path):
             try:
                 return Store.open(path)
@@ -201,6 +201,14 @@ def get_or_build(
         if reason is None:
             raise
         raise UserError(f"the cache folder {root} cannot be written ({reason}): make room or set cache_dir") from error
+
+
+def _make(folder: Path, root: Path | str) -> None:
+    """Makes a kind's folder; where one of the file system's own cannot have another in it, it says there is none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise UserError(f"the cache folder {root} cannot be made ({error.strerror}): set cache_dir") from None
 
 
 def _refusal(error: BaseException | None) -> str | None:

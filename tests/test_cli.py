@@ -1,5 +1,6 @@
 """LightningCLI: the same modules, the same numbers, no code from files, nothing overruled without a word."""
 
+import json
 import os
 import signal
 import sys
@@ -12,9 +13,10 @@ from ctxkv_lightning import __main__ as second_door
 from ctxkv_lightning import pipeline
 from ctxkv_lightning.cli import _same, _saved_as, check_overruled
 from ctxkv_lightning.errors import EXIT_CODE, UserError
+from ctxkv_lightning.export import export_run
 from ctxkv_lightning.lm.module import ContextKVLMModule
 from ctxkv_lightning.run.folder import RunFolder, alone_in
-from ctxkv_lightning.run.saved import read
+from ctxkv_lightning.run.saved import read, stated_of
 from tests.test_resume import BASE, STEPS, Stop, interrupted, rows, same
 
 
@@ -59,6 +61,38 @@ def test_fit_goes_on_like_resume_and_the_others_score_like_the_report(stopped, t
     told = capsys.readouterr().out
     assert "val/ppl" in told
     assert "test/ppl" in told
+
+
+@pytest.mark.slow
+def test_what_was_trained_since_it_was_measured_is_not_exported(stopped, tmp_path, capsys):
+    config, run = stopped
+    pipeline.run_experiment(config, run, resume="strict")
+    export_run(run, tmp_path / "measured")
+    assert cli(*going_on(run), "--trainer.max_epochs=4") == 0
+    assert "train.max_epochs=4' writes them anew" in capsys.readouterr().out
+    assert json.loads((run / "metrics.json").read_text())["weights"] not in stated_of(run / "checkpoints" / "best.ckpt")
+    with pytest.raises(UserError, match="was trained further after it was measured"):
+        export_run(run, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+    assert cli("evaluate", run, "--suite", "position") == EXIT_CODE
+    longer = replace(config, train=replace(config.train, max_epochs=4))
+    pipeline.run_experiment(longer, run, resume="strict")
+    export_run(run, tmp_path / "exported")
+
+
+def test_fit_from_the_beginning_replaces_no_checkpoint(stopped, tmp_path, capsys):
+    _, run = stopped
+    before = read(run / "checkpoints" / "last.ckpt")
+    assert cli("fit", "--config", run / "lightning.yaml") == EXIT_CODE
+    assert "would replace: go on from it with --ckpt_path" in capsys.readouterr().err
+    assert same(read(run / "checkpoints" / "last.ckpt"), before)
+    elsewhere = [
+        f"--checkpoint.dirpath={tmp_path}",
+        f"--safeguard.checkpoint={tmp_path / 'last.ckpt'}",
+        f"--csv.folder={tmp_path / 'new'}",
+    ]
+    assert cli("fit", "--config", run / "lightning.yaml", *elsewhere, "--trainer.max_epochs=1") == 0
+    assert read(tmp_path / "last.ckpt")["global_step"] == STEPS
 
 
 def test_fit_leaves_a_run_alone_that_another_process_is_at(stopped, capsys):

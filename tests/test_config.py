@@ -206,6 +206,11 @@ def test_an_interval_for_each_head():
     assert plain.intervals == (20,) * 4
 
 
+def test_the_cache_has_a_name():
+    with pytest.raises(UserError, match="cache_dir= names no folder"):
+        check_command_line(["cache_dir="])
+
+
 @pytest.mark.parametrize("model", ["model=transformer", "model=sliding_window", "model.layers=2 model.local_window=4"])
 def test_rotary_positions_need_pairs(model):
     with pytest.raises(UserError, match="heads=8 leaves an odd number of the 264"):

@@ -198,6 +198,25 @@ def test_bad_text_is_one_sentence_and_leaves_no_folder(tmp_path, content, messag
     assert not (tmp_path / "run").exists()
 
 
+def test_more_contexts_than_there_are_tokens_are_refused(tmp_path):
+    config = replace(SMALL, cache_dir=str(tmp_path / "cache"), max_contexts=100_000)
+    with pytest.raises(UserError, match=r"max_contexts=100000 must be at most the [\d,]+ training tokens"):
+        pipeline.run_experiment(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_more_history_is_read_than_there_is_text(tmp_path):
+    config = replace(SMALL, cache_dir=str(tmp_path / "cache"), interval=30, max_contexts=1_000)
+    text = pipeline.prepare_text(config)
+    tokens = len(text.tokens.array("train"))
+    assert tokens < 999 * 30
+    table = pipeline.build_embedding(config, text)
+    assert pipeline.build_data(config, text, table).hparams["history"] == tokens
+    grid = pipeline.build_data(replace(config, selection="grid"), text, table).hparams["history"]
+    assert grid % 30 == 0
+    assert tokens <= grid < tokens + 30
+
+
 def test_too_many_samples_are_refused_with_the_count(tmp_path):
     config = replace(SMALL, cache_dir=str(tmp_path / "cache"), samples=100_000)
     with pytest.raises(UserError, match=r"samples=100000.* \d+ training documents"):

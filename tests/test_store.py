@@ -119,3 +119,14 @@ def test_the_manifest_states_size_and_hash_of_every_file(tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["files"]["numbers.npy"]["bytes"] == Path(path / "numbers.npy").stat().st_size
     assert len(manifest["files"]["numbers.npy"]["sha256"]) == 64
+
+
+def test_a_folder_that_a_file_system_of_its_own_does_not_have_is_one_sentence(tmp_path, monkeypatch):
+    """As below /proc, where making one says that there is no such file."""
+
+    def mkdir(path, **options):
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(UserError, match=r"cannot be made \(No such file or directory\): set cache_dir"):
+        get_or_build(tmp_path / "cache", "thing", {}, lambda folder: None)

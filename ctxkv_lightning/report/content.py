@@ -9,13 +9,13 @@ from ctxkv_lightning.report.drawing import count
 from ctxkv_lightning.report.gap_figure import gap_figure
 from ctxkv_lightning.report.groups import Group, along, axes_of, differing, grouped
 from ctxkv_lightning.report.looks import Drawn
-from ctxkv_lightning.report.markdown import ppl
+from ctxkv_lightning.report.markdown import kilobytes, ppl
 from ctxkv_lightning.report.memory_figure import memory_figures
 from ctxkv_lightning.report.runs import Found, Run
 from ctxkv_lightning.report.saturation import series_of
 from ctxkv_lightning.report.saturation_figure import saturation_figure
 from ctxkv_lightning.report.tables import Names, Table, fits_table, runs_table, seeds_table, texts_table
-from ctxkv_lightning.report.words import enumerated, phrases, short_names, written
+from ctxkv_lightning.report.words import enumerated, phrases, short_names
 
 
 class Section(NamedTuple):
@@ -106,7 +106,7 @@ def _tiles(found: Found, groups: Sequence[Group], names: Names) -> list[Tile]:
     states = [each.state for each in found.unfinished]
     others = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "all finished"
     label = _label(groups[0], names)
-    kept = "–" if run.kept is None else f"{written(round(run.kept / 1000))} KB"
+    kept = "–" if run.kept is None else kilobytes(run.kept)
     return [
         Tile(ppl(value.mean), "" if value.spread is None else ppl(value.spread), "best validation PPL", label),
         Tile(ppl(statistics.fmean(tests)) if tests else "–", "", "its test PPL", "read once, at the end"),

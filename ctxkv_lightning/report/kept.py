@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ctxkv_lightning.report.markdown import megabytes, table
+from ctxkv_lightning.report.markdown import kilobytes, megabytes, table
 from ctxkv_lightning.windows import WINDOW
 
 Metrics = dict[str, Any]
@@ -15,20 +15,20 @@ def kept_sentence(metrics: Metrics) -> str:
         kept = window["span_tokens"] * metrics["config"]["context_dim"] * 4
         return (
             f"However long the text, a decoder keeps at most {window['span_tokens']:,} contexts: "
-            f"{kept:,} bytes ({kept / 1000:,.0f} KB) in fp32."
+            f"{kept:,} bytes ({kilobytes(kept)}) in fp32."
         )
     bytes_at = metrics["decode_state"]["bytes"]
     last = bytes_at["100000"]
     if window["span_tokens"] is None:
         return (
-            f"What a decoder keeps grows with the text: {bytes_at['1000'] / 1000:,.0f} KB in fp32 after 1,000 tokens, "
-            f"{bytes_at['10000'] / 1000:,.0f} KB after 10,000 and {last / 1000:,.0f} KB after 100,000. PPL is "
+            f"What a decoder keeps grows with the text: {kilobytes(bytes_at['1000'])} in fp32 after 1,000 tokens, "
+            f"{kilobytes(bytes_at['10000'])} after 10,000 and {kilobytes(last)} after 100,000. PPL is "
             f"measured as it was trained, with the last {WINDOW:,} tokens in reach, or somewhat more."
         )
     if last == bytes_at["10000"] or window["span_tokens"] <= 100_000:
-        return f"However long the text, a decoder keeps at most {last:,} bytes ({last / 1000:,.0f} KB) in fp32."
+        return f"However long the text, a decoder keeps at most {last:,} bytes ({kilobytes(last)}) in fp32."
     return (
-        f"After 100,000 tokens a decoder keeps {last:,} bytes ({last / 1000:,.0f} KB) in fp32, and its window of "
+        f"After 100,000 tokens a decoder keeps {last:,} bytes ({kilobytes(last)}) in fp32, and its window of "
         f"{window['span_tokens']:,} tokens is not yet full."
     )
 
@@ -56,7 +56,7 @@ def _window_rows(metrics: Metrics) -> list[tuple[str, str]]:
     ]
     if "decode_state" not in metrics:
         span = window["span_tokens"]
-        kept = f"{span * C * 4:,} ({span * C * 4 / 1000:,.0f} KB)"
+        kept = f"{span * C * 4:,} ({kilobytes(span * C * 4)})"
         return [*rows, ("Contexts a decoder must keep", f"{span:,}"), ("Bytes of those in fp32", kept)]
     grid = window.get("selection") == "grid"
     selection = "grid: the current one and multiples of I" if grid else "strided: every I-th back from the current one"

@@ -58,6 +58,11 @@ def ratio(ours: float | None, its: float | None) -> str:
     return "–" if ours is None or not its else f"{ours / its:.2f} ×"
 
 
+def kilobytes(count: int) -> str:
+    """Bytes in units of 1,000, whole ones from a hundred on, three digits of fewer: 636 KB, 0.064 KB."""
+    return f"{count / 1000:,.0f} KB" if count >= 100_000 else f"{count / 1000:.3g} KB"
+
+
 def megabytes(count: int) -> str:
     """Bytes in units of 2^20, as in the published tables."""
     return f"{count / 2**20:,.2f}"

@@ -17,7 +17,7 @@ Metrics = dict[str, Any]
 
 STATUS = "status.json"
 
-NO_EFFECT = ("cache_dir", "embeddings", "trainer.enable_progress_bar")
+NO_EFFECT = ("cache_dir", "embeddings", "resume", "trainer.enable_progress_bar")
 """Keys that change no number of a run."""
 
 LATER = {

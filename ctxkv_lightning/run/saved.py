@@ -6,6 +6,7 @@ trained model begins with reading one, and should not wait for what only trainin
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,18 @@ def verify(path: Path) -> None:
 def stated_of(path: Path) -> list[str]:
     """The digests that the manifest of a checkpoint states; what reading and parsing a file raises, where it cannot."""
     return [str(digest)[:64] for digest in json.loads(manifest_of(path).read_text(encoding="utf-8"))["sha256"]]
+
+
+def check_measured(metrics: Mapping[str, Any], best: Path, run: Path) -> None:
+    """Raises UserError where a run's numbers are those of other weights than its best checkpoint has by now.
+
+    `weights` of metrics.json is the SHA-256 of the checkpoint that was measured; older ones do not say.
+    """
+    if metrics.get("weights") not in (None, *stated_of(best)):
+        raise UserError(
+            f"{run} was trained further after it was measured, and its metrics.json is of other weights: 'python "
+            f"train.py resume={run} train.max_epochs=N' measures it again, N being how many epochs it has had"
+        )
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:

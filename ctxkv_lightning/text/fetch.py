@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def fetch(folder: Path, dataset: str, split: str, records: int = RECORDS) -> lis
     already and intact is not fetched again. A UserError where something cannot be had or written.
     """
     folder = Path(os.path.abspath(folder.expanduser()))
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         origin = {"dataset": dataset, "split": split, "records": records}
@@ -38,6 +40,10 @@ def fetch(folder: Path, dataset: str, split: str, records: int = RECORDS) -> lis
         fetch_encoding("gpt2", folder / TIKTOKEN)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}): make room or name another folder.") from error
+    finally:
+        if made:  # of nothing that could be had, nothing is left
+            with suppress(OSError):
+                folder.rmdir()
     return [
         f"{folder} holds {records:,} conversations, GPT-2's embedding and GPT-2's tokenizer; without a network, run",
         command(folder, records),

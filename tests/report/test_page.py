@@ -226,9 +226,9 @@ def test_the_recorded_run_still_has_the_recorded_report() -> None:
     ("choice", "said"),
     [
         ({}, "However long the text, a decoder keeps at most 635,904 bytes (636 KB) in fp32."),
-        ({"selection": "grid"}, "However long the text, a decoder keeps at most 32,768 bytes (33 KB) in fp32."),
-        ({"model": "cascade"}, "However long the text, a decoder keeps at most 2,048 bytes (2 KB) in fp32."),
-        ({"model": "recurrence"}, "However long the text, a decoder keeps at most 1,024 bytes (1 KB) in fp32."),
+        ({"selection": "grid"}, "However long the text, a decoder keeps at most 32,768 bytes (32.8 KB) in fp32."),
+        ({"model": "cascade"}, "However long the text, a decoder keeps at most 2,048 bytes (2.05 KB) in fp32."),
+        ({"model": "recurrence"}, "However long the text, a decoder keeps at most 1,024 bytes (1.02 KB) in fp32."),
         ({"model": "sliding_window"}, "However long the text, a decoder keeps at most 632,832 bytes (633 KB) in fp32."),
         (
             {"model": "transformer"},

@@ -192,3 +192,10 @@ def test_runs_from_before_there_were_layers_have_one() -> None:
 )
 def test_a_model_is_named_with_how_it_chooses_contexts(choice: dict[str, Any], name: str) -> None:
     assert as_run("x", model_metrics(**choice)).model == name
+
+
+def test_a_run_that_was_resumed_is_a_run_like_any_other() -> None:
+    """Older metrics say how it was resumed."""
+    resumed = model_metrics()
+    resumed["config"]["resume"] = "outputs/some/run"
+    assert as_run("a", resumed).settings == as_run("b", model_metrics()).settings

@@ -93,6 +93,7 @@ def test_without_a_network_each_failure_is_one_sentence_and_goes_on_later(tmp_pa
     assert "\n" not in str(caught.value)
     assert "'python -m ctxkv_lightning fetch FOLDER'" in str(caught.value)
     assert not [path for path in (tmp_path / "all").rglob(".*") if path.is_file()]
+    assert (tmp_path / "all").exists() == (what != "data"), "what was fetched stays, an empty folder does not"
     done, network.down = len(network.fetched), set()
     fetch.fetch(tmp_path / "all", **ORIGIN, records=20)
     assert len(network.fetched) == 4 >= done

@@ -1,5 +1,12 @@
-"""`init_from=RUN`: a new run that starts from the trained weights of a finished one, encoders included."""
+"""What a run does not train itself: with `init_from=RUN` weights and encoders of a finished one; resumed, its own.
 
+A resumed run has its encoders in its checkpoint: where the cache is gone, on another machine, they would come out
+otherwise if they were trained anew.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +21,7 @@ from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.lm.module import ContextKVLMModule
 from ctxkv_lightning.lm.recipe import Recipe
 from ctxkv_lightning.run.folder import RunFolder
-from ctxkv_lightning.run.saved import read, sha256_of
+from ctxkv_lightning.run.saved import newest_intact, read, sha256_of
 from ctxkv_lightning.store import Store, get_or_build
 
 BEST = "best.ckpt"
@@ -45,15 +52,47 @@ def borrowed_encoder(source: str, cache_dir: str, number: int) -> Store:
     """The store of encoder `number` of the run `source`, with its facts; raises UserError where the run has none."""
     run = RunFolder(Path(source))
     pretrain, own = run.read_metrics()["pretrain"], _encoder_weights(trained(source), source, number)
-    context_dim, both = own["linear.weight"].shape
+    facts = pretrain["encoders"][number] if "encoders" in pretrain else pretrain
+    key = {"init_from": sha256_of(run.checkpoints / BEST), "number": number}  # a path may be another run tomorrow
+    return _stored(own, cache_dir, key, facts)
+
+
+def kept_encoders(run: RunFolder, cache_dir: str, numbers: Sequence[int]) -> list[Store]:
+    """The stores of the encoders that a resumed run has in its checkpoint, with the facts that it noted of them.
+
+    None where it has no checkpoint of Phase 2 yet, or was begun by a version that noted nothing.
+    """
+    checkpoint = newest_intact(run.checkpoints)[0]
+    if checkpoint is None or not run.phase_one.is_file():
+        return []
+    try:
+        facts = json.loads(run.phase_one.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run.phase_one} cannot be read ({error}): restore it, or remove it") from None
+    content, found = read(checkpoint), []
+    for number in numbers:
+        own = _encoder_weights(content, str(run.path), number)
+        found.append(_stored(own, cache_dir, {"weights": _digest(own), "facts": facts[number]}, facts[number]))
+    return found
+
+
+def _digest(weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _stored(weights: dict[str, Tensor], cache_dir: str, key: dict[str, Any], facts: dict[str, Any]) -> Store:
+    """The store of an encoder with these weights."""
+    context_dim, both = weights["linear.weight"].shape
 
     def build(folder: Path) -> dict[str, Any]:
         encoder = ContextEncoder(context_dim, both - context_dim)
-        encoder.load_state_dict(own)
+        encoder.load_state_dict(weights)
         save_encoder(encoder, folder)
-        return pretrain["encoders"][number] if "encoders" in pretrain else pretrain
+        return facts
 
-    key = {"init_from": sha256_of(run.checkpoints / BEST), "number": number}  # a path may be another run tomorrow
     return get_or_build(cache_dir, "encoder", key, build)
 
 

@@ -24,7 +24,7 @@ from ctxkv_lightning.build import (
 )
 from ctxkv_lightning.config import Config
 from ctxkv_lightning.datamodule import ContextDataModule
-from ctxkv_lightning.initial import borrowed_encoder, check_fit, check_source, load_weights
+from ctxkv_lightning.initial import borrowed_encoder, check_fit, check_source, kept_encoders, load_weights
 from ctxkv_lightning.lm.module import MONITOR, ContextKVLMModule
 from ctxkv_lightning.metrics import (
     describe_attention,
@@ -118,10 +118,15 @@ def run_stages(config: Config, run: RunFolder, text: Text, stages: Stages) -> di
         data.solve_on(solver_device(config.trainer.accelerator))
     with stages("pretrain"):
         parts = encoder_parts(config)
-        if config.init_from is None:
+        encoders = kept_encoders(run, config.cache_dir, [part for part, _ in parts])
+        if encoders:
+            log.info(f"Phase 1 as {run.path} has it")
+        elif config.init_from is None:
             encoders = [pretrain(config, run, data, stages, part, of) for part, of in parts]
         else:
             encoders = [borrowed_encoder(config.init_from, config.cache_dir, part) for part, _ in parts]
+        if not rank_zero_only.rank:  # type: ignore[attr-defined]
+            run.write_phase_one([encoder.facts for encoder in encoders])
     with stages("contexts"):
         data.use_encoders([str(encoder.path) for encoder in encoders])
         contexts = data.context_stores()

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -24,6 +25,7 @@ from ctxkv_lightning.run import checkpoint, interruption
 from ctxkv_lightning.run.folder import RunFolder
 from ctxkv_lightning.run.interruption import Interrupted
 from ctxkv_lightning.run.saved import read
+from ctxkv_lightning.store import Store
 from tests.faults.injections import FORK
 from tests.test_pipeline import SMALL
 
@@ -376,16 +378,43 @@ def test_a_run_stopped_while_its_best_checkpoint_waits_resumes_bit_for_bit(whole
     assert_same_run(tmp_path / "run", whole)
 
 
+def elsewhere(patch):
+    """What makes an encoder come out otherwise, as on another machine: by a hundredth, which is no rounding."""
+    save = phase_one.save_encoder
+
+    def moved(encoder, folder):
+        with torch.no_grad():
+            encoder.linear.weight *= 1.01
+        save(encoder, folder)
+
+    patch.setattr(phase_one, "save_encoder", moved)
+
+
+def test_a_run_that_goes_on_without_its_cache_has_its_own_encoder(whole, shared, tmp_path, monkeypatch):
+    assert interrupted(shared, tmp_path / "run", Stop("ContextKVLMModule", STEPS + 3), monkeypatch) == 143
+    elsewhere(monkeypatch)
+    anew = replace(shared, cache_dir=str(tmp_path / "cache"))
+    pipeline.run_experiment(anew, tmp_path / "run", resume="strict")
+    assert_same_run(tmp_path / "run", whole)
+    assert "Phase 1 as " in (tmp_path / "run" / "train.log").read_text()
+    stored, before = (
+        {Store.open(path.parent).content for path in Path(cache).glob("encoder/*/encoder.pt")}
+        for cache in (anew.cache_dir, shared.cache_dir)
+    )
+    assert stored == before, "its contexts are found, too, where they are"
+
+
 @pytest.mark.parametrize("part", ["embedding table", "encoder"])
 def test_a_run_does_not_go_on_with_contexts_of_another_encoder(whole, shared, tmp_path, monkeypatch, part):
-    """As where a run is moved without its cache: what another machine makes anew is not the same."""
+    """Of a run that noted nothing of its encoder, as older versions; or with another table."""
     assert interrupted(shared, tmp_path / "run", Stop("ContextKVLMModule", STEPS + 3), monkeypatch) == 143
+    if part == "encoder":
+        (tmp_path / "run" / "encoders.json").unlink()
     kept = read(tmp_path / "run" / "checkpoints" / "last.ckpt")
     anew = replace(shared, cache_dir=str(tmp_path / "cache"))
     with monkeypatch.context() as patch:
         if part == "encoder":
-            save = phase_one.save_encoder
-            patch.setattr(phase_one, "save_encoder", lambda encoder, folder: save(_moved(encoder), folder))
+            elsewhere(patch)
         else:
             made = build.embedding.svd_table
             patch.setattr(build.embedding, "svd_table", lambda *args, **rest: -made(*args, **rest))
@@ -394,13 +423,6 @@ def test_a_run_does_not_go_on_with_contexts_of_another_encoder(whole, shared, tm
     assert same(read(tmp_path / "run" / "checkpoints" / "last.ckpt"), kept)
     pipeline.run_experiment(shared, tmp_path / "run", resume="strict")
     assert_same_run(tmp_path / "run", whole)
-
-
-def _moved(encoder):
-    """By a hundredth of its weights, which is no rounding."""
-    with torch.no_grad():
-        encoder.linear.weight *= 1.01
-    return encoder
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ Knows neither Lightning nor the models; the schema of `metrics.json` stands in D
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,11 @@ class RunFolder:
     def identity(self) -> Path:
         """Hashes of the text and the tokenizer."""
         return self.path / "data.json"
+
+    @property
+    def phase_one(self) -> Path:
+        """What is told of the encoders that Phase 2 has the contexts of: a list, as their stores' facts."""
+        return self.path / "encoders.json"
 
     @property
     def tokenizer(self) -> Path:
@@ -153,6 +158,10 @@ class RunFolder:
     def write_identity(self, hashes: dict[str, str]) -> None:
         """Writes the hashes of text and tokenizer; raises UserError when the disk refuses."""
         write_whole(self.identity, json.dumps(hashes, indent=2) + "\n")
+
+    def write_phase_one(self, facts: Sequence[dict[str, Any]]) -> None:
+        """Replaces `encoders.json` as a whole; raises UserError when the disk refuses."""
+        write_whole(self.phase_one, json.dumps(facts) + "\n")
 
     def write_report(self, text: str) -> None:
         """Replaces `report.md` as a whole; raises UserError when the disk refuses."""

@@ -6,6 +6,7 @@ What takes time leaves a store, so that another run that begins alike starts whe
 import hashlib
 import json
 import math
+import operator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +74,7 @@ def prepare_text(config: Config) -> Text:
     for name, size in sizes.items():
         if size < 2:
             raise UserError(f"the {name} text has {size} tokens and needs at least 2: add text")
+    _check_windows(config, sizes["train"])
     spans = config.model.name == "sliding_window" and config.model.window_tokens is None  # what contexts would take
     if spans or "interval" not in config.unread:
         _check_intervals(config, sizes["train"])
@@ -83,12 +85,18 @@ def prepare_text(config: Config) -> Text:
     return Text(chosen, tokens, encoding.n_vocab, encoding)
 
 
+def _check_windows(config: Config, tokens: int) -> None:
+    """Raises UserError where a position would read more contexts, or tokens, than there are."""
+    for key in ("max_contexts", "model.window_tokens", "model.local_window"):
+        value = operator.attrgetter(key)(config)
+        if key not in config.unread and value is not None and value > tokens:
+            raise UserError(f"{key}={value} must be at most the {tokens:,} training tokens")
+
+
 def _check_intervals(config: Config, tokens: int) -> None:
     """Raises UserError where so many training tokens are too few for the intervals."""
     if max(config.intervals) >= tokens:
         raise UserError(f"interval={config.interval} must be below the {tokens:,} training tokens")
-    if config.max_contexts > tokens:
-        raise UserError(f"max_contexts={config.max_contexts} must be at most the {tokens:,} training tokens")
     period = math.lcm(*config.intervals)
     if config.selection == "grid" and period >= tokens:
         raise UserError(

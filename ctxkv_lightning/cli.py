@@ -24,8 +24,9 @@ from ctxkv_lightning.run.callbacks import History, Stages, announcing, log
 from ctxkv_lightning.run.checkpoint import BestCheckpoint, Patience, RandomState, VerifiedCheckpointIO
 from ctxkv_lightning.run.folder import RunFolder, alone_in
 from ctxkv_lightning.run.interruption import Safeguard
-from ctxkv_lightning.run.saved import SUFFIX, epochs_done, read, steps_done
+from ctxkv_lightning.run.saved import SUFFIX, check_measured, epochs_done, read, steps_done
 from ctxkv_lightning.run.trainer import FlushLogs, KeptCSVLogger, quiet_lightning
+from ctxkv_lightning.use import BEST
 
 CONFIG = ("--config", "-c")
 SECTIONS = ("trainer", "model", "data", "history", "early_stopping", "checkpoint", "safeguard", "csv")
@@ -70,7 +71,7 @@ class ContextCLI(LightningCLI):
         """
         options, path = self.config[self.subcommand], self.config[self.subcommand].ckpt_path
         if not path and self.trainer.is_global_zero:
-            _refuse_to_replace(Path(options.checkpoint.dirpath or "."), Path(options.safeguard.checkpoint))
+            _refuse_to_replace(options)
         done, asked = epochs_done(Path(path)) if path else 0, self.trainer.max_epochs
         if asked is not None and 0 <= asked < done:
             raise UserError(
@@ -84,19 +85,21 @@ class ContextCLI(LightningCLI):
         self.trainer.logger = KeptCSVLogger(options.csv.folder, options.csv.phase, kept)
 
     def after_fit(self) -> None:
-        """Says which numbers of the run are not those of its weights any more."""
-        options = self.config[self.subcommand]
-        run = RunFolder(Path(options.csv.folder))
-        if self.trainer.is_global_zero and run.metrics.exists():
-            log.info(
-                f"{run.metrics} and the report are of the training before: 'python train.py resume={run.path} "
-                f"train.max_epochs={self.trainer.current_epoch}' writes them anew"
-            )
+        """Says so where the numbers of the run are not those of its weights any more."""
+        run = RunFolder(Path(self.config[self.subcommand].csv.folder))
+        best = run.checkpoints / BEST
+        if self.trainer.is_global_zero and run.metrics.exists() and best.exists():
+            try:
+                check_measured(run.read_metrics(), best, run.path)
+            except UserError as told:
+                log.info(str(told))
 
 
-def _refuse_to_replace(folder: Path, last: Path) -> None:
-    """Raises UserError where there are checkpoints that a training from its beginning would write over."""
-    for path in (last, *sorted(folder.glob(f"*{SUFFIX}"))):
+def _refuse_to_replace(options: Any) -> None:
+    """Raises UserError where there is a checkpoint that a training from its beginning would write over."""
+    best = options.checkpoint
+    folder = best.dirpath or Path(options.csv.folder, options.csv.phase, "checkpoints")  # where Lightning has them
+    for path in (Path(options.safeguard.checkpoint), Path(folder, f"{best.filename}{SUFFIX}")):
         if path.exists():
             raise UserError(
                 f"{path} is of a training that this one, from its beginning, would replace: go on from it with "

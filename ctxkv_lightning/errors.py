@@ -24,6 +24,6 @@ def lack_of_memory(error: MemoryError | RuntimeError) -> UserError | None:
     asked = re.search(r"allocate ([\d.]+ \w+)", said, re.IGNORECASE)
     wanted = f" for {asked[1]} more" if asked else ""
     return UserError(
-        f"there is not enough memory{wanted}: lower train.batch_tokens, or what makes the model large (context_dim, "
-        "embedding.dim, model.ffn_dim, max_contexts)"
+        f"there is not enough memory{wanted}: lower train.batch_tokens or pretrain.batch_tokens, or what makes the "
+        "model large (context_dim, embedding.dim, model.ffn_dim, max_contexts, recipe.pointer_window)"
     )

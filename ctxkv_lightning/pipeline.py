@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
+import torch
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from rich.console import Console
@@ -36,7 +37,7 @@ from ctxkv_lightning.metrics import (
 )
 from ctxkv_lightning.phase_one import pretrain
 from ctxkv_lightning.report.page import summary_table, write_report
-from ctxkv_lightning.resume import check_changes, check_checkpoints, check_epochs, check_identity
+from ctxkv_lightning.resume import check_changes, check_checkpoints, check_epochs, check_identity, check_table
 from ctxkv_lightning.run.callbacks import History, Stages, announcing, log, logging_to
 from ctxkv_lightning.run.checkpoint import BestCheckpoint, Patience, RandomState
 from ctxkv_lightning.run.folder import RunFolder, alone_in
@@ -50,7 +51,7 @@ from ctxkv_lightning.run.machine import (
     resolve_precision,
     solver_device,
 )
-from ctxkv_lightning.run.saved import newest_intact, stated_of, steps_done
+from ctxkv_lightning.run.saved import newest_intact, sha256_of, steps_done
 from ctxkv_lightning.run.trainer import check_hardware, make_trainer
 from ctxkv_lightning.store import Store
 from ctxkv_lightning.text.encoding import save_encoding
@@ -98,11 +99,14 @@ def run_experiment(config: Config, folder: Path, resume: Literal["no", "strict",
         run = RunFolder.claim(folder) if resume == "no" else RunFolder(folder)
         with alone_in(run), logging_to(run.log):
             check_identity(run, text)
+            if resume != "no":
+                with stages("embedding"):
+                    check_table(run, torch.from_numpy(build_embedding(config, text).array("table")))
             save_encoding(text.encoding, run.tokenizer)
             run.write_config(yaml.safe_dump(asdict(replace(config, resume=None)), sort_keys=False))
             log.info(f"run folder {run.path}" + ("" if resume == "no" else " (resumed)"))
             metrics = run_stages(config, run, text, stages)
-            run.write_metrics({**metrics, "weights": stated_of(run.checkpoints / BEST)[0]})
+            run.write_metrics({**metrics, "weights": sha256_of(run.checkpoints / BEST)})
             with stages("report"):
                 report = write_report(run)
             log.info(f"report {report}")

@@ -7,13 +7,16 @@ import operator
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 
+from torch import Tensor
+
 from ctxkv_lightning.build import Text
 from ctxkv_lightning.config import Config, TrainerConfig, flat, load_config
 from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.lm.module import SAME
 from ctxkv_lightning.run.callbacks import log
 from ctxkv_lightning.run.checkpoint import VerifiedCheckpointIO, clear_aside
 from ctxkv_lightning.run.folder import RunFolder
-from ctxkv_lightning.run.saved import epochs_done, newest_intact, verify
+from ctxkv_lightning.run.saved import epochs_done, newest_intact, read, verify
 
 HARMLESS = {
     "resume", "cache_dir", "embeddings", "train.max_epochs", "train.patience", "train.compile",
@@ -70,6 +73,23 @@ def check_epochs(config: Config, run: RunFolder) -> None:
         raise UserError(
             f"{run.path} has {done} epochs behind it, more than train.max_epochs={config.train.max_epochs}: "
             f"give at least {done}, or start a new run"
+        )
+
+
+def check_table(run: RunFolder, table: Tensor) -> None:
+    """Raises UserError where the embedding table (V, D) is not the one that the run's checkpoint has.
+
+    Rounding is allowed: another machine has another one, by a little, where it is made of the text.
+    """
+    checkpoint = newest_intact(run.checkpoints)[0]
+    if checkpoint is None:
+        return
+    own = read(checkpoint)["state_dict"]["model.embedding.weight"]
+    if own.shape != table.shape or (own - table).norm() > SAME * table.norm():
+        raise UserError(
+            f"the embedding table of {run.path} is not the one that is made now (on another machine, by other "
+            "software, or of another embedding.file): bring back the cache that the run was trained with, name it by cache_dir=, "
+            "or start a new run"
         )
 
 

@@ -15,8 +15,9 @@ from ctxkv_lightning.cli import _same, _saved_as, check_overruled
 from ctxkv_lightning.errors import EXIT_CODE, UserError
 from ctxkv_lightning.export import export_run
 from ctxkv_lightning.lm.module import ContextKVLMModule
+from ctxkv_lightning.run.checkpoint import VerifiedCheckpointIO
 from ctxkv_lightning.run.folder import RunFolder, alone_in
-from ctxkv_lightning.run.saved import read, stated_of
+from ctxkv_lightning.run.saved import read, sha256_of
 from tests.test_resume import BASE, STEPS, Stop, interrupted, rows, same
 
 
@@ -69,8 +70,8 @@ def test_what_was_trained_since_it_was_measured_is_not_exported(stopped, tmp_pat
     pipeline.run_experiment(config, run, resume="strict")
     export_run(run, tmp_path / "measured")
     assert cli(*going_on(run), "--trainer.max_epochs=4") == 0
-    assert "train.max_epochs=4' writes them anew" in capsys.readouterr().out
-    assert json.loads((run / "metrics.json").read_text())["weights"] not in stated_of(run / "checkpoints" / "best.ckpt")
+    assert "was trained further after it was measured" in capsys.readouterr().out
+    assert json.loads((run / "metrics.json").read_text())["weights"] != sha256_of(run / "checkpoints" / "best.ckpt")
     with pytest.raises(UserError, match="was trained further after it was measured"):
         export_run(run, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
@@ -78,6 +79,22 @@ def test_what_was_trained_since_it_was_measured_is_not_exported(stopped, tmp_pat
     longer = replace(config, train=replace(config.train, max_epochs=4))
     pipeline.run_experiment(longer, run, resume="strict")
     export_run(run, tmp_path / "exported")
+    capsys.readouterr()
+    assert cli(*going_on(run), "--trainer.max_epochs=4") == 0
+    assert "trained further" not in capsys.readouterr().out, "there was nothing left to train"
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test"])
+def test_a_checkpoint_is_not_asked_about_contexts_of_another_encoder(stopped, tmp_path, capsys, subcommand):
+    _, run = stopped
+    last, asked = run / "checkpoints" / "last.ckpt", (subcommand, "--config", run / "lightning.yaml", "--ckpt_path")
+    assert cli(*asked, last, "--trainer.precision=bf16-true") == 0, "which rounds its weights"
+    content = read(last)
+    content["state_dict"]["model.encoder.linear.weight"] *= 1.01
+    VerifiedCheckpointIO().save_checkpoint(content, tmp_path / "moved.ckpt")
+    capsys.readouterr()
+    assert cli(*asked, tmp_path / "moved.ckpt") == EXIT_CODE
+    assert "the checkpoint's encoder is not the one" in capsys.readouterr().err
 
 
 def test_fit_from_the_beginning_replaces_no_checkpoint(stopped, tmp_path, capsys):

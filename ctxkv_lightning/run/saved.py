@@ -6,6 +6,7 @@ trained model begins with reading one, and should not wait for what only trainin
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,11 @@ def check_measured(metrics: Mapping[str, Any], best: Path, run: Path) -> None:
 
     `weights` of metrics.json is the SHA-256 of the checkpoint that was measured; older ones do not say.
     """
-    if metrics.get("weights") not in (None, *stated_of(best)):
+    if metrics.get("weights") not in (None, sha256_of(best)):
+        named = shlex.quote(f"resume={run}")
         raise UserError(
             f"{run} was trained further after it was measured, and its metrics.json is of other weights: 'python "
-            f"train.py resume={run} train.max_epochs=N' measures it again, N being how many epochs it has had"
+            f"train.py {named}' measures it again, with train.max_epochs=N where it has had N epochs, more than planned"
         )
 
 

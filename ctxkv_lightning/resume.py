@@ -88,8 +88,8 @@ def check_table(run: RunFolder, table: Tensor) -> None:
     if own.shape != table.shape or (own - table).norm() > SAME * table.norm():
         raise UserError(
             f"the embedding table of {run.path} is not the one that is made now (on another machine, by other "
-            "software, or of another embedding.file): bring back the cache that the run was trained with, name it by cache_dir=, "
-            "or start a new run"
+            "software, or of another embedding.file): bring back the cache that the run was trained with, name it by "
+            "cache_dir=, or start a new run"
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from ctxkv_lightning.report.drawing import GREY, INK, PointLabel, Steps, label_points, readable_log, single
 from ctxkv_lightning.report.groups import MISSING, Group
@@ -16,6 +16,9 @@ from ctxkv_lightning.report.words import phrases, written
 
 MOST_TEXTS = 4
 """Amounts of training text that get a memory figure each."""
+
+LEAST_SPAN = math.sqrt(2)
+"""The right end of the axis of memories, as a multiple of the left one, at least."""
 
 
 def memory_figures(groups: Sequence[Group], names: Mapping[str, str]) -> list[Drawn]:
@@ -52,6 +55,7 @@ def memory(groups: Sequence[Group], title: str, names: Mapping[str, str]) -> Fig
         mark(axes, x, y, look(group.model), group.val_ppl.spread)
     axes.set(xscale="log", yscale="log", xlabel="KB kept after 10,000 tokens (log)", ylabel="validation PPL (log)")
     axes.margins(x=0.12, y=0.12)
+    _widen(axes)
     readable_log(axes, lambda value: f"{value:,.8g}")
     kilobyte_ticks(axes)
     stairs = _draw_front(axes, [points[i] for i in front])
@@ -59,6 +63,14 @@ def memory(groups: Sequence[Group], title: str, names: Mapping[str, str]) -> Fig
     bars = [bar(x, y, group.val_ppl.spread or 0) for group, (x, y) in zip(groups, points, strict=True)]
     label_points(axes, _labels(groups, points, front, names), points, [stairs, *bars])
     return figure
+
+
+def _widen(axes: Axes) -> None:
+    """Memories that are all but equal shall look so: the axis spans half an octave at least."""
+    low, high = axes.get_xlim()
+    if high < LEAST_SPAN * low:
+        middle = math.sqrt(low * high)
+        axes.set_xlim(middle / math.sqrt(LEAST_SPAN), middle * math.sqrt(LEAST_SPAN))
 
 
 def _draw_front(axes: Axes, front: Steps) -> Steps:
@@ -106,6 +118,7 @@ def kilobyte_ticks(axes: Axes) -> None:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1,) if math.log10(high / low) > 2.5 else (1, 3) if math.log10(high / low) > 1 else (1, 2, 5)
     ticks = [step * 10.0**decade for decade in decades for step in steps]
-    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    inside = [tick for tick in ticks if low <= tick <= high]
+    axes.xaxis.set_major_locator(FixedLocator(inside) if len(inside) > 1 else MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if value < 1 else f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if value < 10 else f"{value:,.0f}"))

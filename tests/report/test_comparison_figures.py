@@ -75,6 +75,16 @@ def test_memory_shows_every_group_at_its_bytes() -> None:
     assert list(bar.get_ydata()) == [pytest.approx(205 - 5 * math.sqrt(2)), pytest.approx(205 + 5 * math.sqrt(2))]
 
 
+def test_memories_that_are_all_but_equal_look_so_on_an_axis_with_numbers() -> None:
+    others = model_metrics("recurrence", val_ppl=240)
+    others["decode_state"]["bytes"]["10000"] = 640_000
+    (drawn,) = memory([run(200), as_run("y", others)])
+    (axes,) = drawn.figure.axes
+    low, high = axes.get_xlim()
+    assert high / low == pytest.approx(math.sqrt(2))
+    assert len([tick for tick in axes.get_xticks() if low <= tick <= high]) >= 2
+
+
 def test_each_amount_of_text_has_a_front_of_its_own() -> None:
     runs = [
         run(100 + n, model=model, samples=n) for n in (50, 100, 250, 500, 800) for model in ("cascade", "transformer")

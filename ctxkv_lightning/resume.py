@@ -12,7 +12,7 @@ from torch import Tensor
 from ctxkv_lightning.build import Text
 from ctxkv_lightning.config import Config, TrainerConfig, flat, load_config
 from ctxkv_lightning.errors import UserError
-from ctxkv_lightning.lm.module import SAME
+from ctxkv_lightning.lm.module import alike
 from ctxkv_lightning.run.callbacks import log
 from ctxkv_lightning.run.checkpoint import VerifiedCheckpointIO, clear_aside
 from ctxkv_lightning.run.folder import RunFolder
@@ -84,8 +84,7 @@ def check_table(run: RunFolder, table: Tensor) -> None:
     checkpoint = newest_intact(run.checkpoints)[0]
     if checkpoint is None:
         return
-    own = read(checkpoint)["state_dict"]["model.embedding.weight"]
-    if own.shape != table.shape or (own - table).norm() > SAME * table.norm():
+    if not alike(read(checkpoint)["state_dict"]["model.embedding.weight"], table):
         raise UserError(
             f"the embedding table of {run.path} is not the one that is made now (on another machine, by other "
             "software, or of another embedding.file): bring back the cache that the run was trained with, name it by "

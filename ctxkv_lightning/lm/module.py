@@ -34,6 +34,11 @@ SAME = 5e-3
 """How far frozen weights may be from those of the data, as a part of these: rounding to bf16 is less than half."""
 
 
+def alike(weights: Tensor, stored: Tensor) -> bool:
+    """Whether frozen weights are the stored ones, but for rounding."""
+    return weights.shape == stored.shape and bool((weights.cpu().float() - stored).norm() <= SAME * stored.norm())
+
+
 class ContextKVLMModule(L.LightningModule):
     """Trains a `ContextKVLM`, or a rival of it, with AdamW on the windows of a `ContextDataModule`.
 
@@ -127,7 +132,7 @@ class ContextKVLMModule(L.LightningModule):
         for own, stored in zip(self.model.encoders(), data.encoders(), strict=True):
             pairs += [("encoder", a, b) for a, b in zip(own.parameters(), stored.parameters(), strict=True)]
         for name, mine, its in pairs:
-            if mine.shape != its.shape or (mine.cpu().float() - its).norm() > SAME * its.norm():
+            if not alike(mine, its):
                 raise UserError(
                     f"the checkpoint's {name} is not the one that the cache now has contexts of (they were made anew, "
                     "on another machine or by other software): bring back the cache that it was trained with, name it "

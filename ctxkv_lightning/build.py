@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,8 +75,8 @@ def prepare_text(config: Config) -> Text:
     for name, size in sizes.items():
         if size < 2:
             raise UserError(f"the {name} text has {size} tokens and needs at least 2: add text")
-    _check_windows(config, sizes["train"])
     spans = config.model.name == "sliding_window" and config.model.window_tokens is None  # what contexts would take
+    _check_windows(config, sizes["train"], ["max_contexts"] if spans else [])
     if spans or "interval" not in config.unread:
         _check_intervals(config, sizes["train"])
     log.info(
@@ -85,11 +86,11 @@ def prepare_text(config: Config) -> Text:
     return Text(chosen, tokens, encoding.n_vocab, encoding)
 
 
-def _check_windows(config: Config, tokens: int) -> None:
-    """Raises UserError where a position would read more contexts, or tokens, than there are."""
+def _check_windows(config: Config, tokens: int, too: Sequence[str]) -> None:
+    """Raises UserError where a position would read more contexts, or tokens, than there are; `too` are keys to look at."""
     for key in ("max_contexts", "model.window_tokens", "model.local_window"):
         value = operator.attrgetter(key)(config)
-        if key not in config.unread and value is not None and value > tokens:
+        if (key in too or key not in config.unread) and value is not None and value > tokens:
             raise UserError(f"{key}={value} must be at most the {tokens:,} training tokens")
 
 

@@ -202,13 +202,14 @@ def test_bad_text_is_one_sentence_and_leaves_no_folder(tmp_path, content, messag
     ("key", "model"),
     [
         ("max_contexts", {}),
+        ("max_contexts", {"name": "sliding_window"}),
         ("model.window_tokens", {"name": "sliding_window", "window_tokens": 100_000}),
         ("model.local_window", {"layers": 2, "local_window": 100_000}),
     ],
 )
 def test_more_than_there_is_to_read_is_refused(tmp_path, key, model):
     config = replace(SMALL, cache_dir=str(tmp_path / "cache"), model=replace(SMALL.model, **model))
-    config = replace(config, max_contexts=SMALL.max_contexts if model else 100_000)
+    config = replace(config, max_contexts=100_000 if key == "max_contexts" else SMALL.max_contexts)
     with pytest.raises(UserError, match=rf"{key}=100000 must be at most the [\d,]+ training tokens"):
         pipeline.run_experiment(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

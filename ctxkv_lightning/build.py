@@ -87,7 +87,7 @@ def prepare_text(config: Config) -> Text:
 
 
 def _check_windows(config: Config, tokens: int, too: Sequence[str]) -> None:
-    """Raises UserError where a position would read more contexts, or tokens, than there are; `too` are keys to look at."""
+    """Raises UserError where a position would read more contexts or tokens than there are; `too` are more keys."""
     for key in ("max_contexts", "model.window_tokens", "model.local_window"):
         value = operator.attrgetter(key)(config)
         if (key in too or key not in config.unread) and value is not None and value > tokens:

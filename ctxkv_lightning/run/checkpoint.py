@@ -9,7 +9,6 @@ import copy
 import hashlib
 import io
 import json
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -37,19 +36,29 @@ FREE_SECONDS = 0.2
 WORTH = 10
 """Seconds of training that a second of saving beyond that is worth."""
 
+PACE = 200e6
+"""Bytes of weights that are taken to be written in a second, before a checkpoint of theirs has been."""
+
+
+def worth_saving(since: float, took: float | None, weights: dict[str, Tensor]) -> bool:
+    """Whether the training since then is worth the seconds that the last checkpoint took, or the first will take."""
+    seconds = sum(tensor.nbytes for tensor in weights.values()) / PACE if took is None else took
+    return time.monotonic() - since >= WORTH * (seconds - FREE_SECONDS)
+
 
 class VerifiedCheckpointIO(TorchCheckpointIO):
     """Writes beside, flushes, renames; keeps a manifest; reads only what its manifest vouches for.
 
-    Checkpoints named in `may_wait` are kept in memory while less time has gone by since the last one than writing it is
-    worth, and written then, before any other checkpoint is written or read, or when the trainer ends: by an exception
-    too, but not if the process is killed or its GPU fails.
+    Checkpoints named in `may_wait` are kept in memory while less time has gone by since the last one, or since the
+    beginning, than writing it is worth, and written then, before any other checkpoint is written or read, or when the
+    trainer ends: by an exception too, but not if the process is killed or its GPU fails.
     """
 
     def __init__(self, may_wait: Sequence[str] = ()) -> None:
         self.may_wait = frozenset(may_wait)
         self._waiting: tuple[Path, dict[str, Any]] | None = None
-        self._next = -math.inf  # when one that may wait is worth writing again
+        self._since = time.monotonic()
+        self._took: float | None = None  # by the last one that might have waited
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Raises UserError when the disk refuses, or gives back other bytes than it was given."""
@@ -61,13 +70,13 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         self._waiting = None
         if path.name not in self.may_wait:
             self._write(checkpoint, path)
-        elif time.monotonic() < self._next:
-            self._waiting = path, apart(checkpoint)
-        else:
+        elif worth_saving(self._since, self._took, checkpoint["state_dict"]):
             started = time.monotonic()
             self._write(checkpoint, path)
-            ended = time.monotonic()
-            self._next = ended + WORTH * (ended - started - FREE_SECONDS)
+            self._since = time.monotonic()
+            self._took = self._since - started
+        else:
+            self._waiting = path, apart(checkpoint)
 
     def teardown(self) -> None:
         """Called by Lightning when fitting ends, by an exception too."""

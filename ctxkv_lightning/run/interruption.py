@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from ctxkv_lightning.run.checkpoint import FREE_SECONDS, WORTH
+from ctxkv_lightning.run.checkpoint import worth_saving
 
 log = logging.getLogger("ctxkv_lightning")
 
@@ -46,7 +46,8 @@ class Safeguard(Checkpoint):
     ) -> None:
         self.checkpoint, self.between, self.every_seconds = Path(checkpoint), between, every_seconds
         self._received: int | None = None
-        self._saved = self._took = 0.0
+        self._saved = 0.0
+        self._took: float | None = None
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,7 +62,7 @@ class Safeguard(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ends = trainer.should_stop or trainer.max_epochs == trainer.current_epoch + 1
         ends = ends or trainer.max_steps == trainer.global_step
-        worth = ends or time.monotonic() - self._saved >= WORTH * (self._took - FREE_SECONDS)
+        worth = ends or worth_saving(self._saved, self._took, pl_module.state_dict())
         self._act(trainer, due=self.between == "steps" and self._agreed(trainer, worth))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

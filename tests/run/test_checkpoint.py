@@ -94,11 +94,29 @@ def waiting(tmp_path, monkeypatch):
     return VerifiedCheckpointIO(["best.ckpt"]), tmp_path / "best.ckpt", now
 
 
+def at_step(step, weights=None):
+    return {"global_step": step, "state_dict": weights or {}}
+
+
+@pytest.mark.parametrize("second", [7.9, 8.0])
+def test_the_first_that_may_wait_is_written_once_its_weights_are_worth_it(tmp_path, monkeypatch, second):
+    """Weights that take a second to write, of which 0.2 are free and 0.8 are worth eight of training."""
+    made, best, now = waiting(tmp_path, monkeypatch)
+    weights = {"table": torch.ones(25, 100), "head": torch.ones(25, 100, dtype=torch.float64)}
+    monkeypatch.setattr(checkpoint, "PACE", 4 * 2500 + 8 * 2500)
+    for step, at in ((1, 0.0), (2, second)):
+        now[0] = at
+        made.save_checkpoint(at_step(step, weights), best)
+        assert best.exists() == (at >= 8)
+    made.teardown()
+    assert read(best)["global_step"] == 2
+
+
 def test_what_may_wait_is_written_again_once_it_is_worth_it(tmp_path, monkeypatch):
     made, best, now = waiting(tmp_path, monkeypatch)
     for step, at in ((1, 0.0), (2, 3.0), (3, 11.0), (4, 11.3), (5, 12.0)):
         now[0] = at
-        made.save_checkpoint({"global_step": step}, best)
+        made.save_checkpoint(at_step(step), best)
         assert read(best)["global_step"] == {1: 1, 2: 1, 3: 1, 4: 4, 5: 4}[step]
     made.teardown()
     assert read(best)["global_step"] == 5
@@ -108,11 +126,11 @@ def test_what_waits_is_as_it_was_when_it_was_saved(tmp_path, monkeypatch):
     made, best, _ = waiting(tmp_path, monkeypatch)
     weights, epochs = torch.ones(3), [1]
     for step in (1, 2):
-        made.save_checkpoint({"global_step": step, "weights": weights, "callbacks": {"history": epochs}}, best)
+        made.save_checkpoint({**at_step(step, {"w": weights}), "callbacks": {"history": epochs}}, best)
     weights += 1
     epochs.append(2)
     loaded = made.load_checkpoint(best)
-    assert torch.equal(loaded["weights"], torch.ones(3)), "loading writes it first"
+    assert torch.equal(loaded["state_dict"]["w"], torch.ones(3)), "loading writes it first"
     assert loaded["callbacks"] == {"history": [1]}
     assert read(best)["global_step"] == 2
 
@@ -125,7 +143,7 @@ def test_nothing_is_written_or_removed_before_what_waits(tmp_path, monkeypatch, 
     monkeypatch.setattr(checkpoint, "_replace", lambda path, content: order.append(path.name) or write(path, content))
     made.save_checkpoint({"global_step": 0}, last)
     for step in (1, 2, 3):
-        made.save_checkpoint({"global_step": step}, best)
+        made.save_checkpoint(at_step(step), best)
     {
         "another": lambda: made.save_checkpoint({"global_step": 3}, last),
         "remove": lambda: made.remove_checkpoint(last),
@@ -138,7 +156,7 @@ def test_nothing_is_written_or_removed_before_what_waits(tmp_path, monkeypatch, 
 def test_what_waits_and_cannot_be_written_is_said(tmp_path, monkeypatch):
     made, best, _ = waiting(tmp_path, monkeypatch)
     for step in (1, 2):
-        made.save_checkpoint({"global_step": step}, best)
+        made.save_checkpoint(at_step(step), best)
 
     def full(path, content):
         raise OSError(28, "No space left on device")

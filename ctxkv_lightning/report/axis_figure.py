@@ -21,8 +21,11 @@ Places = Mapping[Any, float]
 """Where each value of an axis lies on it."""
 
 
-def axis_figure(axis: Axis, swept: Swept, names: Mapping[str, str]) -> Drawn:
-    """PPL along one axis: every seed a dot, their mean and standard deviation, a line per combination of the others."""
+def axis_figure(axis: Axis, swept: Swept, names: Mapping[str, str], samples: Any = None) -> Drawn:
+    """PPL along one axis: every seed a dot, their mean and standard deviation, a line per combination of the others.
+
+    `samples` is on how many documents all were trained, if others were trained on more or fewer.
+    """
     lines = swept.lines
     texts, styles = _texts_and_styles(lines, names)
     figure, axes = single(width_for([*texts, *(group.model for group in swept.references)]), HEIGHT)
@@ -37,12 +40,13 @@ def axis_figure(axis: Axis, swept: Swept, names: Mapping[str, str]) -> Drawn:
     for group in swept.references:
         axes.axhline(group.val_ppl.mean, color=look(group.model).colour, linewidth=1.2, dashes=(5, 3), zorder=1)
     value, best = _lowest(lines)
-    axes.set_title(f"{names[axis.key]}: lowest PPL {plain(best.val_ppl.mean)}, at {written(value)}")
+    text = "" if samples is None else f", {written(samples)} documents"
+    axes.set_title(f"{names[axis.key]}{text}: lowest PPL {plain(best.val_ppl.mean)}, at {written(value)}")
     _name_lines(axes, swept, texts, styles, places)
     if len(lines) == 1:
         _write_values(axes, lines[0], places)
-    name = "axis-" + axis.key.replace(".", "-")
-    return Drawn(name, figure, axis_caption(axis, swept, names), figure.get_size_inches()[0] > 7.2)
+    name = "axis-" + axis.key.replace(".", "-") + ("" if samples is None else f"-{samples}")
+    return Drawn(name, figure, axis_caption(axis, swept, names, samples), figure.get_size_inches()[0] > 7.2)
 
 
 def _lowest(lines: Sequence[Line]) -> tuple[Any, Group]:
@@ -163,14 +167,15 @@ def _tick(value: Any, width: int) -> str:
     return "\n".join(lines)
 
 
-def axis_caption(axis: Axis, swept: Swept, names: Mapping[str, str]) -> str:
+def axis_caption(axis: Axis, swept: Swept, names: Mapping[str, str], samples: Any = None) -> str:
     """What the figure shows, and what it leaves out."""
     name = names[axis.key]
-    sentences = [f"Validation PPL by {name}."]
+    what = f"Validation PPL by {name}" + ("" if samples is None else f" with {written(samples)} documents")
+    sentences = [f"{what}."]
     if swept.best_only:
-        sentences = [f"Validation PPL by {name}: the best of each value, whatever else varies with it."]
+        sentences = [f"{what}: the best of each value, whatever else varies with it."]
     elif len(swept.lines) > 1:
-        sentences = [f"Validation PPL by {name}, all other settings alike along a line."]
+        sentences = [f"{what}, all other settings alike along a line."]
     if swept.own and not swept.best_only:
         own = enumerated([names[key] for key in swept.own])
         sentences.append(f"Where only some have {own}, each point is the best of them.")

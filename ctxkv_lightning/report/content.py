@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ctxkv_lightning.report.axis_figure import axis_figure
 from ctxkv_lightning.report.drawing import count
 from ctxkv_lightning.report.gap_figure import gap_figure
-from ctxkv_lightning.report.groups import Group, along, axes_of, differing, grouped
+from ctxkv_lightning.report.groups import SAMPLES, Axis, Group, along, axes_of, differing, grouped, texts_of
 from ctxkv_lightning.report.looks import Drawn
 from ctxkv_lightning.report.markdown import kilobytes, ppl
 from ctxkv_lightning.report.memory_figure import memory_figures
@@ -130,9 +130,18 @@ def _memory(groups: Sequence[Group], names: Names) -> list[Section]:
 
 
 def _settings(groups: Sequence[Group], keys: Sequence[str], names: Names) -> list[Section]:
-    axes = axes_of(groups, keys)
-    figures = [axis_figure(axis, along(axis, groups, axes), names) for axis in axes]
+    over_all, figures = _axes(groups, keys), []
+    for axis in over_all:
+        if SAMPLES in (axis.key, *axis.companions):
+            figures.append(axis_figure(axis, along(axis, groups, over_all), names))
+    for text in texts_of(groups):
+        axes = _axes(text.groups, keys)
+        figures += [axis_figure(axis, along(axis, text.groups, axes), names, text.samples) for axis in axes]
     return [Section("settings", "What each setting does", figures=figures)] if figures else []
+
+
+def _axes(groups: Sequence[Group], keys: Sequence[str]) -> list[Axis]:
+    return [axis for axis in axes_of(groups, keys) if len(axis.values) > 1]
 
 
 def _saturation(groups: Sequence[Group], names: Names) -> list[Section]:

@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 
 from ctxkv_lightning.report.runs import Run, reads, voices_of
 
-SEED, MODEL = "seed", "model.name"
+SEED, MODEL, SAMPLES = "seed", "model.name", "samples"
 MOST_LINES = 8
+MOST_TEXTS = 4
+"""Amounts of training text that get figures of their own."""
+
 MISSING: Any = object()
 """Stands for the value of a key that a run does not have, which is not a `null`."""
 
@@ -69,6 +72,27 @@ def grouped(runs: Sequence[Run], keys: Iterable[str]) -> list[Group]:
         found.setdefault(_values(run.settings, keys), []).append(run)
     groups = [Group({k: v for k, v in values if v is not MISSING}, tuple(runs)) for values, runs in found.items()]
     return sorted(groups, key=lambda group: group.val_ppl.mean)
+
+
+class Text(NamedTuple):
+    """Groups that were trained on the same number of documents, which is `samples`, None where it is that of all."""
+
+    samples: Any
+    groups: list[Group]
+
+
+def texts_of(groups: Sequence[Group]) -> list[Text]:
+    """The groups by the text that they were trained on, where it has several; the most documents first.
+
+    A model that has read more is no rival of one that has read less, whatever else they differ in.
+    """
+    found: dict[Any, list[Group]] = {}
+    for group in groups:
+        found.setdefault(group.settings.get(SAMPLES), []).append(group)
+    texts = [Text(samples, each) for samples, each in found.items() if len(each) > 1]
+    if len(found) == 1:
+        return [Text(None, each) for _, each in texts]
+    return sorted(texts, key=lambda text: -text.samples if isinstance(text.samples, int) else 0)[:MOST_TEXTS]
 
 
 def _values(settings: dict[str, Any], keys: Iterable[str]) -> Settings:

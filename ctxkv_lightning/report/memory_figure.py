@@ -2,20 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from ctxkv_lightning.report.drawing import GREY, INK, PointLabel, Steps, label_points, readable_log, single
-from ctxkv_lightning.report.groups import MISSING, Group
+from ctxkv_lightning.report.groups import SAMPLES, Group, texts_of
 from ctxkv_lightning.report.looks import HEIGHT, WIDTH, Drawn, bar, look, mark
-from ctxkv_lightning.report.saturation import SAMPLES
 from ctxkv_lightning.report.words import phrases, written
-
-MOST_TEXTS = 4
-"""Amounts of training text that get a memory figure each."""
 
 LEAST_SPAN = math.sqrt(2)
 """The right end of the axis of memories, as a multiple of the left one, at least."""
@@ -23,18 +18,12 @@ LEAST_SPAN = math.sqrt(2)
 
 def memory_figures(groups: Sequence[Group], names: Mapping[str, str]) -> list[Drawn]:
     """PPL against bytes kept, a figure for each amount of training text; nothing where there is nothing to compare."""
-    by_text: dict[Any, list[Group]] = {}
-    for group in groups:
-        if group.runs[0].kept is not None:
-            by_text.setdefault(group.settings.get(SAMPLES, MISSING), []).append(group)
-    several = {value: found for value, found in by_text.items() if len(found) > 1}
-    chosen = sorted(several, key=lambda value: -value if isinstance(value, int) else 0)[:MOST_TEXTS]
     drawn = []
-    for value in chosen:
-        alone = len(by_text) == 1
-        title = "" if alone else f"{written(value)} documents: "
-        caption = _caption(several[value], "" if alone else f", of models trained on {written(value)} documents")
-        drawn.append(Drawn("memory" if alone else f"memory-{value}", memory(several[value], title, names), caption))
+    for samples, found in texts_of([group for group in groups if group.runs[0].kept is not None]):
+        alone = samples is None
+        title = "" if alone else f"{written(samples)} documents: "
+        caption = _caption(found, "" if alone else f", of models trained on {written(samples)} documents")
+        drawn.append(Drawn("memory" if alone else f"memory-{samples}", memory(found, title, names), caption))
     return drawn
 
 

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from scipy.optimize import OptimizeWarning, curve_fit
 
 from ctxkv_lightning.report.drawing import count
-from ctxkv_lightning.report.groups import Group, telling
+from ctxkv_lightning.report.groups import SAMPLES, Group, telling
 
-SAMPLES = "samples"
 EXPONENTS = np.geomspace(0.02, 8, 400)
 """Where the exponent is looked for; the other two parameters follow from it by linear least squares."""
 

@@ -2,6 +2,7 @@ import errno
 import json
 import re
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,9 @@ def test_seeds_stand_together(page: Page, sweep: Path) -> None:
 
 def test_every_figure_is_in_the_page_and_beside_it(sweep: Path) -> None:
     names = [f"memory-{n}" for n in (500, 250, 100, 50)]
-    names += [f"axis-{key}" for key in ("model-name", "samples", "interval", "selection", "model-window_tokens")]
-    names += ["saturation", "gap"]
+    names.append("axis-samples")
+    names += [f"axis-{key}-500" for key in ("model-name", "interval", "selection", "model-window_tokens")]
+    names += [f"axis-model-name-{n}" for n in (250, 100, 50)] + ["saturation", "gap"]
     found = {path.stem for path in (sweep.parent / "figures").iterdir()}
     assert found == set(names)
     markdown = (sweep.parent / "report.md").read_text(encoding="utf-8")
@@ -163,6 +165,24 @@ def test_nothing_but_metrics_is_read(tmp_path: Path, sweep: Path) -> None:
     for name in ("report.html", "report.md", "figures/gap.png"):
         assert (tmp_path / name).read_bytes() == (sweep.parent / name).read_bytes()
     assert again.parent == tmp_path
+
+
+def test_along_no_setting_but_samples_are_models_of_different_texts(tmp_path: Path) -> None:
+    """With nine values of heads the best of each interval was drawn, from whichever text had the lowest PPL."""
+    for i, samples in product((20, 50), (100, 500)):
+        for heads in range(1, 10):
+            metrics = model_metrics(val_ppl=i + heads / samples, interval=i, samples=samples)
+            metrics["config"]["heads"] = heads
+            write_run(tmp_path / f"{i}-{samples}-{heads}", metrics)
+    for samples, value in ((100, 70), (500, 30)):
+        write_run(tmp_path / f"t{samples}", model_metrics("transformer", val_ppl=value, samples=samples))
+    _, markdown = compare(tmp_path)
+    figures = re.findall(r"!\[.+?\]\(figures/(.+?)\.png\)\n\n\*(.+)\*", markdown)
+    captions = dict(figures)
+    assert captions["axis-interval-100"].startswith("Validation PPL by interval with 100 documents: the best of each")
+    assert captions["axis-interval-500"].startswith("Validation PPL by interval with 500 documents: the best of each")
+    assert "axis-interval" not in captions
+    assert "axis-samples" in captions
 
 
 def test_a_text_from_outside_stays_a_text(tmp_path: Path) -> None:

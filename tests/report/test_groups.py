@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from ctxkv_lightning.report.groups import Axis, Group, Swept, along, axes_of, differing, grouped
+from ctxkv_lightning.report.groups import Axis, Group, Swept, along, axes_of, differing, grouped, texts_of
 from ctxkv_lightning.report.runs import Run, as_run
 from ctxkv_lightning.report.words import enumerated, phrases, short_names, written
 from tests.report.sample_metrics import model_metrics
@@ -167,6 +167,17 @@ def test_references_are_of_the_text_that_the_lines_are_of() -> None:
     assert [(group.model, group.val_ppl.mean) for group in found.references] == [("transformer", 6)]
     _, both = swept([*runs, run(2, interval=20, samples=500), run(1, interval=50, samples=500)], "interval")
     assert [group.model for group in both.references] == ["cascade", "transformer"]
+
+
+def test_texts_are_apart_the_most_documents_first() -> None:
+    runs = [run(5, interval=20), run(4, interval=50), run(9, samples=7)]
+    runs += [run(n, interval=i, samples=n) for n in (300, 500, 800, 40) for i in (20, 50)]
+    found = texts_of(grouped(runs, differing(runs)))
+    assert [text.samples for text in found] == [800, 500, 300, 100], "four at most, and none of one group"
+    assert [[group.settings["interval"] for group in text.groups] for text in found[-1:]] == [[50, 20]]
+    alike = grouped(runs[:2], differing(runs[:2]))
+    assert texts_of(alike) == [(None, alike)]
+    assert texts_of(alike[:1]) == []
 
 
 def test_a_model_with_settings_of_its_own_shows_its_best() -> None:

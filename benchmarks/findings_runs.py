@@ -58,6 +58,7 @@ class Row:
         self.trained = first["parameters"]["trainable"]
         self.epochs = [run["train"]["best_epoch"] for run in runs]
         self.gap = statistics.mean(result["train_val_gap"] for result in results)
+        self.train = statistics.mean(result["val_ppl"] - result["train_val_gap"] for result in results)
 
     def cells(self) -> list[str]:
         return [
@@ -77,11 +78,6 @@ def spread(values: Sequence[float]) -> str:
     """Mean ± sample standard deviation; the value alone where there is one."""
     mean = statistics.mean(values)
     return f"{mean:.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
-
-
-def deviation(values: Sequence[float]) -> float:
-    """Sample standard deviation; 0 where there is one value."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def published(runs: Sequence[Run]) -> list[Run]:
@@ -113,11 +109,11 @@ def rows_of(runs: Sequence[Run], samples: int) -> list[Row]:
     return sorted((Row(name, group) for name, group in groups.items()), key=lambda row: statistics.mean(row.val))
 
 
-def crossed(runs: Sequence[Run]) -> dict[tuple[int, int], Run]:
-    """Strided runs at 100 samples and the first seed, by (interval, max_contexts); of two alike, the later one."""
-    found = {}
+def crossed(runs: Sequence[Run]) -> dict[tuple[int, int], list[Run]]:
+    """Strided runs at 100 samples and the first seed, by (interval, max_contexts); the last of each is the sweep's."""
+    found: dict[tuple[int, int], list[Run]] = {}
     for run in runs:
         config = run["config"]
         if kind(run) == OURS and config["samples"] == 100 and config["seed"] == 42:
-            found[config["interval"], config["max_contexts"]] = run
+            found.setdefault((config["interval"], config["max_contexts"]), []).append(run)
     return found

@@ -3,7 +3,6 @@
 No sentence states more than its numbers: which side wins, and whether seeds agree, is decided here, run by run.
 """
 
-import math
 import statistics
 from collections.abc import Sequence
 
@@ -18,10 +17,9 @@ from benchmarks.findings_runs import (
     TOLD,
     Row,
     crossed,
-    deviation,
     spread,
 )
-from benchmarks.recipe_runs import Run
+from benchmarks.recipe_runs import Run, apart
 from benchmarks.recipe_sentences import IN_REACH
 
 
@@ -73,20 +71,31 @@ def _footing(ours: Row, footing: dict[str, float]) -> str:
 
 
 def _against(ours: Row, other: Row, why: str) -> str:
-    ratio = statistics.mean(other.val) / statistics.mean(ours.val)
-    verdict = "loses to the published selection" if ratio > 1 else "beats the published selection"
-    if not apart(ours.val, other.val):
-        verdict = "is not told apart from the published selection by these seeds"
-    elif min(len(ours.val), len(other.val)) < 2:
-        verdict += " (one seed)"
+    both = ((ours.val, other.val), (ours.test, other.test))
+    (val, test), (val_ratio, test_ratio) = (
+        [_side(*each) for each in both],
+        [statistics.mean(theirs) / statistics.mean(own) for own, theirs in both],
+    )
+    verdict = f"{val} the published selection"
+    if val != test:
+        verdict = f"{val} the published selection on the validation set and {test} it on the test set"
     kept = (
         f"{other.bytes:,} bytes kept and {other.trained:,} parameters trained, "
         f"against {ours.bytes:,} and {ours.trained:,}"
     )
     return (
         f"`{other.name}` ({why}; {kept}) {verdict}: validation PPL {spread(other.val)} against {spread(ours.val)}, "
-        f"{ratio:.3f} ×."
+        f"{val_ratio:.3f} ×; test PPL {spread(other.test)} against {spread(ours.test)}, {test_ratio:.3f} ×."
     )
+
+
+def _side(ours: Sequence[float], other: Sequence[float]) -> str:
+    """How the other one stands to ours, in words that its name follows."""
+    if min(len(ours), len(other)) < 2:
+        return "(one seed) is above" if statistics.mean(other) > statistics.mean(ours) else "(one seed) is below"
+    if not apart(ours, other):
+        return "is not told apart from"
+    return "loses to" if statistics.mean(other) > statistics.mean(ours) else "beats"
 
 
 def _taught_against_rivals(rows: dict[str, Row]) -> str:
@@ -132,14 +141,8 @@ def same_seeds(ours: Row, other: Row) -> list[float]:
     return [run["result"]["test_ppl"] for run in ours.runs if run["config"]["seed"] in seeds]
 
 
-def apart(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether two standard deviations of the difference of the means lie between them."""
-    difference = abs(statistics.mean(one) - statistics.mean(other))
-    return difference > 2 * math.hypot(deviation(one), deviation(other))
-
-
-def _sweep(found: dict[tuple[int, int], Run]) -> str:
-    ppl = {place: run["result"]["val_ppl"] for place, run in found.items()}
+def _sweep(found: dict[tuple[int, int], list[Run]]) -> str:
+    ppl = {place: runs[-1]["result"]["val_ppl"] for place, runs in found.items()}
     best, worst = (choose(ppl, key=lambda place: ppl[place]) for choose in (min, max))
     words = [f"`interval={interval} max_contexts={contexts}`" for interval, contexts in (best, worst)]
     return (
@@ -162,8 +165,10 @@ def _with_more_text(rows: Sequence[Row]) -> str:
 
 
 def _overfitting(rows: Sequence[Row]) -> str:
-    widest, narrowest = (choose(rows, key=lambda row: row.gap) for choose in (max, min))
+    by_ratio = {statistics.mean(row.val) / row.train: row.name for row in rows}
+    least, most = min(by_ratio), max(by_ratio)
     return (
-        f"All models fit their training text far better than the validation text: the gap is from {narrowest.gap:.0f} "
-        f"PPL (`{narrowest.name}`) to {widest.gap:.0f} (`{widest.name}`), so what is short at this size is text."
+        "All models fit their training text better than the validation text: at the best epoch validation PPL is from "
+        f"{least:.2f} × (`{by_ratio[least]}`) to {most:.2f} × (`{by_ratio[most]}`) the PPL on the training text, which "
+        "is read with dropout."
     )

@@ -3,6 +3,7 @@
 A run belongs there by its settings: those of `experiment=best` but for what the tables compare.
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -153,6 +154,24 @@ def spread(runs: Sequence[Run], name: str = "val_ppl") -> str:
     """Mean ± sample standard deviation over seeds; the value alone where there is one."""
     values = [run["result"][name] for run in runs]
     return f"{mean(runs, name):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Sample standard deviation; 0 where there is one value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def apart(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two standard deviations of the difference of the means lie between them."""
+    difference = abs(statistics.mean(one) - statistics.mean(other))
+    return difference > 2 * math.hypot(deviation(one), deviation(other))
+
+
+def told_apart(runs: Sequence[Run], others: Sequence[Run], name: str = "test_ppl") -> str:
+    """That these seeds do not tell a result of theirs apart, in words; nothing where they do or are not several."""
+    values = [[run["result"][name] for run in each] for each in (runs, others)]
+    several = min(map(len, values)) > 1
+    return "; not told apart by these seeds" if several and not apart(*values) else ""
 
 
 def first_seed(found: dict[Key, list[Run]], **changed: Any) -> list[Run]:

@@ -24,6 +24,7 @@ from benchmarks.recipe_runs import (
     of,
     settings,
     spread,
+    told_apart,
 )
 from ctxkv_lightning.config import flat
 from ctxkv_lightning.windows import WINDOW
@@ -191,7 +192,7 @@ def times(own: list[Run], others: list[Run]) -> str:
     """PPL against that of others, over the seeds that both have."""
     first, second = of_the_same_seeds(own, others)
     test, validation = (mean(first, name) / mean(second, name) for name in ("test_ppl", "val_ppl"))
-    return f"{test:.3f} × ({validation:.3f} × on the validation set, {seeds(first)})"
+    return f"{test:.3f} × ({validation:.3f} × on the validation set, {seeds(first)}{told_apart(first, second)})"
 
 
 def worth_of_layers(found: dict[Key, list[Run]]) -> list[str]:
@@ -205,14 +206,38 @@ def worth_of_layers(found: dict[Key, list[Run]]) -> list[str]:
         )
     own, bare = of_the_same_seeds(of(found), of(found, **LEVERS[NO_CONTEXTS]))
     if bare:
-        ratio = mean(bare) / mean(own)
+        val, test = (
+            f"{mean(bare, name) / mean(own, name):.3f} × ({spread(bare, name)} against {spread(own, name)}"
+            f"{told_apart(own, bare, name)})"
+            for name in ("val_ppl", "test_ppl")
+        )
         said.append(
             "Beside a pointer over the same contexts and layers over the last few tokens, attention to contexts is "
-            f"worth {'something' if ratio > 1.01 else 'nothing that this text shows'}: with the current one alone in "
-            f"reach of the first layer, validation PPL is {ratio:.3f} × ({spread(bare)} against {spread(own)}, "
-            f"{seeds(bare)})."
+            f"worth {_something(own, bare)}: with the current one alone in reach of the first layer, validation PPL is "
+            f"{val}, test PPL {test}; {seeds(bare)}, {_worse(own, bare)} worse without it."
         )
     return said
+
+
+def _something(own: list[Run], bare: list[Run]) -> str:
+    """What is lost by the second, in words: what a seed shows by more than 1 %, or several tell apart."""
+    if len(bare) < 2:
+        return "something" if mean(bare) > 1.01 * mean(own) else "nothing that this text shows"
+    where = [
+        text
+        for text, name in (("validation", "val_ppl"), ("test", "test_ppl"))
+        if mean(bare, name) > mean(own, name) and not told_apart(own, bare, name)
+    ]
+    if not where:
+        return "nothing that these seeds tell apart"
+    return "something" if len(where) == 2 else f"something on the {where[0]} set alone"
+
+
+def _worse(own: list[Run], bare: list[Run]) -> str:
+    """With how many seeds the second has a higher test PPL than the first, in words."""
+    first, second = ({run["config"]["seed"]: run["result"]["test_ppl"] for run in runs} for runs in (own, bare))
+    worse = sum(second[seed] > first[seed] for seed in first)
+    return "each of them" if worse == len(first) > 1 else f"{worse} of them"
 
 
 def of_the_same_seeds(own: list[Run], others: list[Run]) -> tuple[list[Run], list[Run]]:
@@ -274,8 +299,8 @@ def time_and_text(found: dict[Key, list[Run]], published: Published) -> list[str
     train, val = (statistics.mean(epoch[f"{name}_ppl"] for epoch in last) for name in ("train", "val"))
     if train < val:
         said.append(
-            f"In its last epoch it is at {train:.0f} on the training text, with dropout, and at {val:.0f} on the "
-            "validation text: more text, not more model, is what it lacks."
+            f"In its last epoch it is at {train:.0f} on the training text, which is read with dropout, and at "
+            f"{val:.0f} on the validation text."
         )
     return said
 
@@ -317,5 +342,5 @@ def against(best: list[Run], rival: list[Run], name: str, bound: float, words: s
     return (
         f"Against `{name}` with the same extras ({words}; {theirs:,} bytes kept against {kept:,}), test PPL is "
         f"{ratio:.3f} × ({spread(best, 'test_ppl')} against {spread(rival, 'test_ppl')}, "
-        f"{seeds(rival)}; {verdict(ratio, bound)})."
+        f"{seeds(rival)}{told_apart(best, rival)}; {verdict(ratio, bound)})."
     )

@@ -37,6 +37,8 @@ class Row:
         self.name, self.entries = name, entries
         self.suites = [entry["evaluation"]["suites"]["mqar"] for entry in entries]
         self.model: str = entries[0]["evaluation"]["model"]
+        layers = [part for part in name.split(", ") if part.endswith(" layers")]
+        self.kind = ", ".join([self.model, *layers])  # what this is a size of
         self.bytes: int = self.suites[0]["state_bytes"]
         self.seeds = [mean_recall(suite) for suite in self.suites]
         self.recall = statistics.mean(self.seeds)

@@ -56,8 +56,10 @@ TEXT_FIGURES = (
 ABOUT_TEXT = (
     "One run of each (100 samples, seed 42). Recalled: the right answer was the likeliest of 10, in % of the trials at "
     "all lags; moved: having read it made the right one likelier by more than any other, which shows a memory too weak "
-    "to win. Chance is 10 % for both. The last column is what a token of the validation text costs, in nats, when only "
-    f"the last {LEFT} tokens before it are left."
+    "to win. Chance is 10 % for both. PPL is that of the whole validation text read at once, of which the transformer "
+    "attends to more than it was trained to; its ± is a standard error over documents: so far other documents may move "
+    "it, which ± over seeds does not say. The last column is what a token of the validation text costs, in nats, when "
+    f"only the last {LEFT} tokens before it are left."
 )
 
 
@@ -68,8 +70,10 @@ def about_task(entries: Sequence[Entry]) -> str:
         f"`experiment=mqar`: {task['pairs']} keys with their values, each asked for once within {task['length']} "
         f"symbols; in % of the answers, by tokens since the value was read. Guessing is right in "
         f"{percent(1 / task['values'])} %; who knows which values were said, but not by which key, in "
-        f"{percent(1 / task['pairs'])} %. ± is the sample standard deviation over seeds; all documents are read as one "
-        "text, of which the transformer keeps everything."
+        f"{percent(1 / task['pairs'])} %. ± is the sample standard deviation over seeds. All documents are read as one "
+        f"text, of which the transformer keeps everything. They share {task['keys']} keys, so that who reads further "
+        f"back than a document's {task['length']} symbols also meets pairs that no longer hold: that larger windows "
+        "find less is not a matter of their size alone."
     )
 
 
@@ -97,7 +101,7 @@ def text_table(evaluations: dict[str, dict[str, Any]]) -> str:
             [
                 name,
                 f"{copy['state_bytes']:,}",
-                f"{position['ppl']['value']:.1f}",
+                f"{position['ppl']['value']:.1f} ± {position['ppl']['error']:.1f}",
                 percent(mean_recall(copy)),
                 *(percent(moved(copy, lags)[0]) for lags in (None, near, *EDGES)),
                 percent(mean_recall(passkey)),
@@ -117,7 +121,7 @@ def draw(folder: Path) -> None:
         on_task = {row.name: pooled(row) for row in rows}
         few = {row.name: on_task[row.name] for row in shown(rows)}
         with styled():
-            save_png(by_state(on_task, ["mqar"], sizes=True), folder / "task_recall.png")
+            save_png(by_state(on_task, ["mqar"], {row.name: row.kind for row in rows}), folder / "task_recall.png")
             save_png(by_lag(few, ["mqar"]), folder / "task_by_lag.png")
     (folder / "report.md").write_text(report(entries), encoding="utf-8", newline="\n")
 

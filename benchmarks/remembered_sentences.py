@@ -24,9 +24,8 @@ def task_sentences(rows: Sequence[Row]) -> list[str]:
     rivals: dict[str, list[Row]] = {}
     for row in rows:
         if row.model != "context_kv":
-            deep = [part for part in row.name.split(", ") if part.endswith(" layers")]
-            rivals.setdefault(", ".join([row.model, *deep]), []).append(row)
-    said += [_rival(ours, rival) for rival in rivals.values()]
+            rivals.setdefault(row.kind, []).append(row)
+    said += [_rival(ours, rival) for rival in rivals.values() if not all(map(_has_not_learnt, rival))]
     return [*said, *_no_memory(rows)]
 
 
@@ -75,10 +74,14 @@ def apart(one: Row, other: Row) -> str:
     return f"{by} by {100 * abs(one.recall - other.recall):.1f} points{seeds}"
 
 
+def _has_not_learnt(row: Row) -> bool:
+    """Whether it finds no more than who knows which values were said, but not by which key."""
+    return row.recall <= 1 / row.entries[0]["task"]["pairs"]
+
+
 def _no_memory(rows: Sequence[Row]) -> list[str]:
     """Who does not get beyond what needs no association."""
-    task = rows[0].entries[0]["task"]
-    guessing = [row for row in rows if row.recall <= 1 / task["pairs"]]
+    guessing = [row for row in rows if _has_not_learnt(row)]
     if not guessing:
         return ["All of them find more than one who knows which values were said, but not by which key."]
     names = enumerated([f"`{row.name}` ({row.said()} %)" for row in guessing])

@@ -17,6 +17,9 @@ from ctxkv_lightning.report.words import enumerated, phrases, written
 ROOM = 46
 """Characters that fit along the axis."""
 
+TITLE = 54
+"""Characters of a title's line."""
+
 Places = Mapping[Any, float]
 """Where each value of an axis lies on it."""
 
@@ -29,7 +32,9 @@ def axis_figure(axis: Axis, swept: Swept, names: Mapping[str, str], samples: Any
     lines = swept.lines
     texts, styles = _texts_and_styles(lines, names)
     figure, axes = single(width_for([*texts, *(group.model for group in swept.references)]), HEIGHT)
-    places = {value: i if axis.scale == "category" else value for i, value in enumerate(axis.values)}
+    drawn = {value for line in lines for value, _ in line.points}
+    values = [value for value in axis.values if value in drawn]
+    places = {value: i if axis.scale == "category" else value for i, value in enumerate(values)}
     axes.set_xscale("log" if axis.scale == "log" else "linear")
     for line, style in zip(lines, styles, strict=True):
         draw_line(axes, line, places, style, joined=axis.scale != "category" or len(lines) > 1)
@@ -41,7 +46,8 @@ def axis_figure(axis: Axis, swept: Swept, names: Mapping[str, str], samples: Any
         axes.axhline(group.val_ppl.mean, color=look(group.model).colour, linewidth=1.2, dashes=(5, 3), zorder=1)
     value, best = _lowest(lines)
     text = "" if samples is None else f", {written(samples)} documents"
-    axes.set_title(f"{names[axis.key]}{text}: lowest PPL {plain(best.val_ppl.mean)}, at {written(value)}")
+    title = f"{names[axis.key]}{text}: lowest PPL {plain(best.val_ppl.mean)}, at {written(value)}"
+    axes.set_title("\n".join(textwrap.wrap(title, TITLE)))
     _name_lines(axes, swept, texts, styles, places)
     if len(lines) == 1:
         _write_values(axes, lines[0], places)

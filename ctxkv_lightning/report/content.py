@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ctxkv_lightning.report.axis_figure import axis_figure
 from ctxkv_lightning.report.drawing import count
 from ctxkv_lightning.report.gap_figure import gap_figure
-from ctxkv_lightning.report.groups import SAMPLES, Axis, Group, along, axes_of, differing, grouped, texts_of
+from ctxkv_lightning.report.groups import SAMPLES, Axis, Group, along, axes_of, differing, grouped, several_of, texts_of
 from ctxkv_lightning.report.looks import Drawn
 from ctxkv_lightning.report.markdown import kilobytes, ppl
 from ctxkv_lightning.report.memory_figure import memory_figures
@@ -141,7 +141,8 @@ def _settings(groups: Sequence[Group], keys: Sequence[str], names: Names) -> lis
 
 
 def _axes(groups: Sequence[Group], keys: Sequence[str]) -> list[Axis]:
-    return [axis for axis in axes_of(groups, keys) if len(axis.values) > 1]
+    """The axes along which these differ, where others may differ along more."""
+    return axes_of(groups, [key for key in keys if several_of(groups, key)])
 
 
 def _saturation(groups: Sequence[Group], names: Names) -> list[Section]:

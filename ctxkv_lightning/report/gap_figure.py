@@ -1,4 +1,4 @@
-"""Train and validation PPL, and the gap between them, of runs that differ only in their seed."""
+"""Train and validation PPL, and how many times the one is the other, of runs that differ only in their seed."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from ctxkv_lightning.report.drawing import GREY, INK, PAPER, plain, single
+from ctxkv_lightning.report.drawing import GREY, INK, PAPER, single
 from ctxkv_lightning.report.groups import Group
 from ctxkv_lightning.report.looks import Drawn, look
 
@@ -24,7 +24,11 @@ class Row(NamedTuple):
     label: str
     train: float
     val: float
-    gap: float
+
+    @property
+    def ratio(self) -> float:
+        """Validation over train PPL: what the length of a row shows on an axis of logarithms."""
+        return self.val / self.train
 
 
 def gap_figure(groups: Sequence[Group], labels: Sequence[str]) -> Drawn:
@@ -39,7 +43,7 @@ def gap_figure(groups: Sequence[Group], labels: Sequence[str]) -> Drawn:
         axes.plot(row.train, place, marker, color=colour, markerfacecolor=PAPER, markersize=6.5, zorder=3)
         axes.plot(row.val, place, marker, color=colour, markersize=7.5, zorder=3)
         axes.annotate(
-            f"{row.gap:+,.0f}" if abs(row.gap) >= 10 else f"{row.gap:+.1f}",
+            f"{row.ratio:.2f} ×",
             (max(row.train, row.val), place),
             xytext=(9, 0),
             textcoords="offset points",
@@ -48,20 +52,19 @@ def gap_figure(groups: Sequence[Group], labels: Sequence[str]) -> Drawn:
             fontsize=9.5,
         )
     _gap_axes(axes, rows)
-    gaps = [plain(choose(row.gap for row in rows)) for choose in (min, max)]
-    axes.set_title(f"Gap from {gaps[0]} to {gaps[1]} PPL" if len(rows) > 1 else f"Gap of {gaps[0]} PPL", pad=26)
+    ratios = dict.fromkeys(f"{choose(row.ratio for row in rows):.2f}" for choose in (min, max))
+    axes.set_title(f"Validation PPL is {' to '.join(ratios)} × train PPL", pad=26)
     return Drawn("gap", figure, _caption(groups, len(rows)), wide=True)
 
 
 def _row(group: Group, label: str) -> Row:
-    train, gap = group.measured(lambda run: run.train_ppl), group.measured(lambda run: run.gap)
-    return Row(group, label, train.mean, group.val_ppl.mean, gap.mean)
+    return Row(group, label, group.measured(lambda run: run.train_ppl).mean, group.val_ppl.mean)
 
 
 def _caption(groups: Sequence[Group], shown: int) -> str:
     means = ", as means over seeds" if any(group.val_ppl.seeds > 1 for group in groups) else ""
     best = f" The best {shown} of {len(groups)} combinations." if shown < len(groups) else ""
-    return f"Train (hollow) and validation PPL (filled) at the best epoch, their difference beside{means}.{best}"
+    return f"Train (hollow) and validation PPL (filled) at the best epoch, their ratio beside{means}.{best}"
 
 
 def _broken(label: str) -> str:

@@ -60,8 +60,13 @@ class Group:
 def differing(runs: Sequence[Run]) -> list[str]:
     """The keys with several values among the runs that have them: the model first, the seed last."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
-    several = [key for key in keys if len({run.settings[key] for run in runs if key in run.settings}) > 1]
+    several = [key for key in keys if several_of(runs, key)]
     return sorted(several, key=lambda key: (key == SEED) - (key == MODEL))
+
+
+def several_of(found: Iterable[Run | Group], key: str) -> bool:
+    """Whether a key has several values among those that have it."""
+    return len({each.settings[key] for each in found if key in each.settings}) > 1
 
 
 def grouped(runs: Sequence[Run], keys: Iterable[str]) -> list[Group]:

@@ -78,6 +78,38 @@ def test_interval_and_max_contexts_are_crossed(runs):
     assert lines[3].endswith("| 350.0 |  |")
 
 
+def test_a_trial_that_ran_twice_is_told_and_the_last_is_in_the_table(runs):
+    again = copy.deepcopy(runs[0])
+    again["config"] |= {"interval": 50}
+    once = copy.deepcopy(again)
+    again["result"]["val_ppl"], again["machine"]["device"] = 340.0, "cuda:0"
+    table = findings.crossed_table([runs[0], once, again])
+    assert "| 32 | 350.0 | 340.0 |" in table
+    assert "`interval=50 max_contexts=32` ran once more: 350.0 on a CPU, 340.0 on a GPU." in table
+    assert table.count("ran once more") == 1
+
+
+@pytest.mark.parametrize(
+    ("test", "words"),
+    [
+        ((400.0, 401.0, 402.0), "is not told apart from the published selection: validation"),
+        ((480.0, 481.0, 482.0), "from the published selection on the validation set and loses to it on the test set:"),
+        ((300.0, 301.0, 302.0), "from the published selection on the validation set and beats it on the test set:"),
+    ],
+)
+def test_validation_and_test_are_both_said(runs, test, words):
+    def row(name, vals, tests):
+        found = [copy.deepcopy(runs[0]) for _ in vals]
+        for run, val, ppl in zip(found, vals, tests, strict=True):
+            run["result"] |= {"val_ppl": val, "test_ppl": ppl}
+        return findings_runs.Row(name, found)
+
+    ours = row("ours", (350.0, 352.0, 351.0), (400.0, 401.0, 402.0))
+    said = findings_sentences._against(ours, row("theirs", (351.0, 353.0, 352.0), test), "why")
+    assert words in said
+    assert f"test PPL {test[1]} ± 1.0 against 401.0 ± 1.0" in said
+
+
 def test_the_page_in_the_repository_is_made_of_the_metrics_in_the_repository():
     pages = ROOT / "docs" / "results"
     kept = findings.kept_runs(pages / "runs")
@@ -96,7 +128,7 @@ def test_a_model_whose_encoder_was_taught_is_a_row_of_its_own(runs):
     assert any("taught to predict" in sentence and "beats the published" in sentence for sentence in said)
     assert "for 4 epochs by truncated" in findings.taught(runs)
     assert findings.taught(runs[:3]) == ""
-    assert findings_runs.crossed(runs)[20, 32]["config"]["pretrain"].get("lm_epochs", 0) == 0
+    assert all(run["config"]["pretrain"].get("lm_epochs", 0) == 0 for run in findings_runs.crossed(runs)[20, 32])
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,26 @@ def test_what_layers_are_worth_is_said_as_it_is(runs, ppl, verdict):
     assert "local ones at 40.0 (one seed)" in layers
     assert verdict in contexts
     # Of the seed that both have.
-    assert f"validation PPL is {ppl / 40:.3f} × ({ppl} against 40.0, one seed)" in contexts
+    assert f"validation PPL is {ppl / 40:.3f} × ({ppl} against 40.0), test PPL" in contexts
+
+
+@pytest.mark.parametrize(
+    ("val", "test", "verdict", "alike"),
+    [
+        ((44.0, 44.5), (90.0, 91.0), "worth something: with", 0),
+        ((44.0, 44.5), (80.0, 84.0), "worth something on the validation set alone: with", 1),
+        ((39.9, 41.0), (90.0, 91.0), "worth something on the test set alone: with", 1),
+        ((39.9, 41.0), (80.0, 84.0), "worth nothing that these seeds tell apart: with", 2),
+    ],
+)
+def test_what_contexts_are_worth_is_what_seeds_tell_apart(val, test, verdict, alike):
+    own = [made(40.0, seed=42), made(40.4, seed=1)]
+    bare = [made(ppl, "interval=1", "max_contexts=1", seed=seed) for ppl, seed in zip(val, (42, 1), strict=True)]
+    for run, ppl in zip((*own, *bare), (80.0, 81.0, *test), strict=True):
+        run["result"]["test_ppl"] = ppl
+    (said,) = recipe_sentences.worth_of_layers(recipe_runs.groups([*own, *bare]))
+    assert verdict in said
+    assert said.count("; not told apart by these seeds") == alike
 
 
 def test_sentences_follow_the_numbers(runs):

@@ -183,6 +183,9 @@ def test_along_no_setting_but_samples_are_models_of_different_texts(tmp_path: Pa
     assert captions["axis-interval-500"].startswith("Validation PPL by interval with 500 documents: the best of each")
     assert "axis-interval" not in captions
     assert "axis-samples" in captions
+    assert "together with" not in captions["axis-model-name-100"], (
+        "what does not differ here changes along with nothing"
+    )
 
 
 def test_a_text_from_outside_stays_a_text(tmp_path: Path) -> None:

@@ -136,6 +136,21 @@ def test_the_caption_names_what_seeds_do_not_tell_from_the_lowest() -> None:
     assert "Seeds do not tell" not in axis([each for each in runs if each.settings["seed"] == 1], "interval").caption
 
 
+def test_a_long_title_has_a_second_line_and_no_tick_is_without_a_point() -> None:
+    runs = [run(200, interval=20), run(150, interval=PER_HEAD), run(120, interval=7, max_contexts=8)]
+    keys = differing(runs)
+    groups = grouped(runs, keys)
+    axes = axes_of(groups, keys)
+    (found,) = [each for each in axes if each.key == "interval"]
+    with styled():
+        drawn = axis_figure(found, along(found, groups, axes), short_names(keys), samples=1000)
+    (panel,) = drawn.figure.axes
+    assert panel.get_title("left") == "interval, 1,000 documents: lowest PPL 150, at\n[1,1,5,5,20,20,80,80]"
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["20", "1,1,5,5,20,20,80,80"]
+    assert drawn.name == "axis-interval-1000"
+    assert drawn.caption.startswith("Validation PPL by interval with 1,000 documents.")
+
+
 def test_lists_are_categories_and_models_without_the_key_lines_across() -> None:
     runs = [run(200, interval=20), run(150, interval=PER_HEAD), run(120, model="transformer")]
     drawn = axis(runs, "interval")
@@ -179,6 +194,8 @@ def test_the_gap_is_drawn_from_train_to_validation(count: int) -> None:
     lines = [line for line in axes.lines if len(line.get_xdata()) == 2]
     assert [list(line.get_xdata()) for line in lines] == [[each.train_ppl, each.val_ppl] for each in runs[:shown]]
     assert axes.get_ylim()[0] > axes.get_ylim()[1]
+    ratios = [f"{each.val_ppl / each.train_ppl:.2f} ×" for each in runs[:shown]]
+    assert [text.get_text() for text in axes.texts][:shown] == ratios
     assert (f"The best {MOST_GROUPS} of {count} combinations." in drawn.caption) == (count > MOST_GROUPS)
     assert "means" not in drawn.caption
 

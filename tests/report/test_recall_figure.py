@@ -66,7 +66,11 @@ def test_sizes_of_one_model_are_joined_and_the_best_bears_the_name():
     sizes = {"small": (0.2, 1_000), "large": (0.6, 9_000), "middle": (0.9, 3_000)}
     runs = {name: evaluation("context_kv", recall, recall, state) for name, (recall, state) in sizes.items()}
     with styled():
-        (axes,) = by_state({**runs, "theirs": EVALUATIONS["theirs"]}, ["copy"], sizes=True).axes
-    curves = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines if len(line.get_xdata()) == 3]
-    assert curves == [([1.0, 3.0, 9.0], [pytest.approx(0.2), pytest.approx(0.9), pytest.approx(0.6)])]
-    assert {text.get_text() for text in axes.texts} == {"chance", "middle", "theirs"}
+        curves = {**dict.fromkeys(sizes, "ours"), "theirs": "theirs", "deep": "deep"}
+        others = {"theirs": EVALUATIONS["theirs"], "deep": evaluation("context_kv", 0.5, 0.5, 0)}
+        (axes,) = by_state({**runs, **others}, ["copy"], curves).axes
+    joined = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines if len(line.get_xdata()) == 3]
+    assert joined == [([1.0, 3.0, 9.0], [pytest.approx(0.2), pytest.approx(0.9), pytest.approx(0.6)])]
+    assert {text.get_text() for text in axes.texts} == {"chance", "middle", "theirs", "deep"}
+    assert axes.get_xticklabels()[0].get_text() == "0"
+    assert axes.get_xticks()[0] == 0.125, "left of the least that is kept"

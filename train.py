@@ -95,14 +95,14 @@ def resume(asked: CommandLine) -> None:
     assert asked.resumed is not None
     config = asked.trials[0].config
     # Lightning starts the other processes of a run with these words: `auto` and `last` might mean another one by then.
-    sys.argv.append(_override("resume", os.path.abspath(asked.resumed.path)))
+    _add(_override("resume", os.path.abspath(asked.resumed.path)))
     run(config, asked.resumed.path, "forgiving" if config.resume == "auto" else "strict")
 
 
 def run_alone(asked: CommandLine) -> None:
     """One run; if it leaves nothing in its folder, the folder goes, and so do parents that were made for it."""
     made = [path for path in (asked.folder, *asked.folder.parents) if not path.exists()]
-    sys.argv.append(_override("hydra.run.dir", asked.named_folder))  # the folder that was checked
+    _add(_override("hydra.run.dir", asked.named_folder))  # the folder that was checked
     try:
         task()
     finally:
@@ -114,7 +114,7 @@ def run_alone(asked: CommandLine) -> None:
 def run_sweep(asked: CommandLine) -> int:
     """All trials, then their table and the page that compares them; the exit code."""
     # Written out, since other processes have no resolver for it.
-    sys.argv.append(_override("hydra.sweep.dir", asked.named_folder))
+    _add(_override("hydra.sweep.dir", asked.named_folder))
     _share_processors(asked)
     print(f"sweep {asked.named_folder}: {_count(asked)}", flush=True)
     try:
@@ -173,6 +173,12 @@ def _override(key: str, value: str) -> str:
     return f"{key}='" + value.replace("'", r"\'") + "'"
 
 
+def _add(word: str) -> None:
+    """Adds to the overrides of the command line: behind the last of them, for behind a flag none would be taken."""
+    overrides = [i for i, each in enumerate(sys.argv) if i and "=" in each and each[0] != "-"]
+    sys.argv.insert(max(overrides, default=len(sys.argv) - 1) + 1, word)
+
+
 def _share_processors(asked: CommandLine) -> None:
     """Keeps trials that run side by side on this machine from having more threads than it has processors.
 
@@ -183,7 +189,7 @@ def _share_processors(asked: CommandLine) -> None:
     trials, processors = _distinct(asked), os.cpu_count() or 1
     match asked.hydra.runtime.choices["hydra/launcher"]:
         case "joblib" if asked.hydra.launcher.n_jobs == -1 and not asked.chosen_later:
-            sys.argv.append(f"hydra.launcher.n_jobs={min(trials, processors)}")
+            _add(f"hydra.launcher.n_jobs={min(trials, processors)}")
         case "submitit_local":
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, processors // trials)))
 

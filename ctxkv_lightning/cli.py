@@ -23,7 +23,7 @@ from ctxkv_lightning.lm.module import ContextKVLMModule
 from ctxkv_lightning.run.callbacks import History, Stages, announcing, log
 from ctxkv_lightning.run.checkpoint import BestCheckpoint, Patience, RandomState, VerifiedCheckpointIO
 from ctxkv_lightning.run.folder import RunFolder, alone_in
-from ctxkv_lightning.run.interruption import Safeguard
+from ctxkv_lightning.run.interruption import Safeguard, stopping
 from ctxkv_lightning.run.saved import SUFFIX, check_measured, epochs_done, read, steps_done
 from ctxkv_lightning.run.trainer import FlushLogs, KeptCSVLogger, quiet_lightning
 from ctxkv_lightning.use import BEST
@@ -31,6 +31,9 @@ from ctxkv_lightning.use import BEST
 CONFIG = ("--config", "-c")
 SECTIONS = ("trainer", "model", "data", "history", "early_stopping", "checkpoint", "safeguard", "csv")
 """The parts of the file; each is a mapping, for a text would be the name of another file."""
+
+WHOLE = ("--config", "--ckpt_path", "--seed_everything", *(f"--{section}" for section in SECTIONS))
+"""Options whose values are looked at before they are parsed."""
 
 FORBIDDEN = re.compile(r"class_path|_instantiator|_target_|__path__")
 """Keys by which a configuration file would choose the code that runs."""
@@ -110,6 +113,7 @@ def _refuse_to_replace(options: Any) -> None:
 
 def run_lightning(subcommand: str, arguments: Sequence[str]) -> None:
     """Runs `fit`, `validate` or `test`. Raises UserError for a bad file, checkpoint or value."""
+    check_spelling(arguments)
     check_files(arguments)
     check_overruled(arguments)
     quiet_lightning()
@@ -117,17 +121,27 @@ def run_lightning(subcommand: str, arguments: Sequence[str]) -> None:
     # Where LightningCLI reads, and where other processes are started from.
     sys.argv[1:] = [subcommand, *at_home(arguments)]
     try:
-        with announcing():
+        with announcing(), stopping():
             ContextCLI(
                 ContextKVLMModule,
                 ContextDataModule,
                 save_config_callback=None,
                 auto_configure_optimizers=False,
-                parser_kwargs={"exit_on_error": False},
+                parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
             )
     except ArgumentError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{reason}: 'python -m ctxkv_lightning {subcommand} --help' lists the options") from None
+
+
+def check_spelling(arguments: Sequence[str]) -> None:
+    """Raises UserError for an abbreviated option: what is looked at before the parser sees it goes by whole names."""
+    for name in (argument.partition("=")[0] for argument in arguments):
+        whole = [option for option in WHOLE if name[2:] and option.startswith(name) and name != option]
+        if name.startswith("-c") and name != "-c":
+            whole = ["-c FILE"]
+        if whole:
+            raise UserError(f"{name} is short for {whole[0]}: write it out")
 
 
 def check_files(arguments: Sequence[str]) -> None:

@@ -43,7 +43,7 @@ from ctxkv_lightning.config import (
 )
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.foreign import check_foreign, check_foreign_folder
-from ctxkv_lightning.run.find import has_siblings, named_run, runs, unfinished_run
+from ctxkv_lightning.run.find import RANKS, follows, has_siblings, named_run, run_to_resume, runs
 from ctxkv_lightning.run.folder import RunFolder
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -146,6 +146,7 @@ def read_command_line(arguments: list[str]) -> CommandLine:
         OmegaConf.register_new_resolver("sweep_id", lambda: _hash(names), replace=True)
         if options.cfg or options.info:
             return CommandLine(trials)
+        _refuse_followers(trials)
         checked = CommandLine(trials, asked, multirun, chosen_later, resumed)
         if resumed is None:
             key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
@@ -163,10 +164,22 @@ def _refuse_in_sweeps(trials: list[Trial], multirun: bool) -> None:
             raise UserError("trainer.devices and num_nodes must be 1 in a sweep, whose trials run one to a device.")
 
 
+def _refuse_followers(trials: list[Trial]) -> None:
+    """Refuses to be one of several processes of a run that has one: it would train, write nothing, and say nothing."""
+    if follows() and any(trial.config.trainer.devices * trial.config.trainer.num_nodes == 1 for trial in trials):
+        rank = next(name for name in RANKS if name in os.environ)
+        raise UserError(
+            f"this process is not the first of those that were started together ({rank}={os.environ[rank]}), but "
+            "trainer.devices and num_nodes are 1: give them as many as there are, start one process, or unset "
+            f"{rank} for a run of its own."
+        )
+
+
 def _resumed(trial: Trial, folder: Path | None) -> RunFolder | None:
     """The run that `resume` means: none for `auto` where nothing with these settings was interrupted.
 
-    Where a new run's `folder` is named, `auto` looks there alone: of two jobs that are alike, each has its own.
+    Where a new run's `folder` is named, `auto` looks there alone: of two jobs that are alike, each has its own. One
+    that has finished there is measured once more: its job may have been killed before the report.
     """
     name = trial.config.resume
     if name is None:
@@ -179,7 +192,7 @@ def _resumed(trial: Trial, folder: Path | None) -> RunFolder | None:
             "give hydra.run.dir"
         )
     found = runs(OUTPUTS) if folder is None else [RunFolder(folder)]
-    return unfinished_run(found, lambda run: _identity_of(run) == trial.identity)
+    return run_to_resume(found, lambda run: _identity_of(run) == trial.identity, finished=folder is not None)
 
 
 def _identity_of(run: RunFolder) -> str | None:

@@ -72,7 +72,12 @@ def kept_encoders(run: RunFolder, cache_dir: str, numbers: Sequence[int]) -> lis
     content, found = read(checkpoint), []
     for number in numbers:
         own = _encoder_weights(content, str(run.path), number)
-        found.append(_stored(own, cache_dir, {"weights": _digest(own), "facts": facts[number]}, facts[number]))
+        key = {"weights": _digest(own), "facts": facts[number]}
+        try:
+            store = _stored(own, cache_dir, key, facts[number])
+        except UserError:  # of a cache that may only be read
+            store = _stored(own, str(run.path / "cache"), key, facts[number])
+        found.append(store)
     return found
 
 

@@ -19,7 +19,7 @@ from ctxkv_lightning.lm.recurrent import RECIPE, RecurrentLMModule
 from ctxkv_lightning.run.callbacks import Stages, log
 from ctxkv_lightning.run.checkpoint import RandomState, VerifiedCheckpointIO
 from ctxkv_lightning.run.folder import RunFolder
-from ctxkv_lightning.run.interruption import Safeguard
+from ctxkv_lightning.run.interruption import Safeguard, stopping
 from ctxkv_lightning.run.machine import describe_machine, resolve_precision
 from ctxkv_lightning.run.saved import steps_done
 from ctxkv_lightning.run.trainer import make_trainer
@@ -153,7 +153,8 @@ def fit(
         callbacks=[*callbacks, RandomState(), Safeguard(last, between)],
         **options,
     )
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    with stopping():
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return describe_machine(str(trainer.strategy.root_device), str(trainer.precision))
 
 

@@ -3,6 +3,7 @@
 Each stage leaves a store, so that another run which begins alike starts where the two part.
 """
 
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -41,7 +42,7 @@ from ctxkv_lightning.resume import check_changes, check_checkpoints, check_epoch
 from ctxkv_lightning.run.callbacks import History, Stages, announcing, log, logging_to
 from ctxkv_lightning.run.checkpoint import BestCheckpoint, Patience, RandomState
 from ctxkv_lightning.run.folder import RunFolder, alone_in
-from ctxkv_lightning.run.interruption import Safeguard
+from ctxkv_lightning.run.interruption import Safeguard, stopping
 from ctxkv_lightning.run.machine import (
     compile_mode,
     compile_pays,
@@ -84,26 +85,30 @@ def run_experiment(config: Config, folder: Path, resume: Literal["no", "strict",
         with stages("text"):
             text = prepare_text(config)
         return run_stages(config, RunFolder(folder), text, stages)["result"]["val_ppl"]
-    with announcing():
+    with announcing(), ExitStack() as held:
         check_hardware(asdict(config.trainer))
-        if config.init_from is not None:
-            check_source(config)
+        run = RunFolder(folder)
         if resume != "no":
-            check_changes(config, RunFolder(folder))
-            check_checkpoints(RunFolder(folder), resume)
-            check_epochs(config, RunFolder(folder))
+            held.enter_context(alone_in(run))
+            check_changes(config, run)
+            check_checkpoints(run, resume)
+            check_epochs(config, run)
+        if config.init_from is not None and (resume == "no" or newest_intact(run.checkpoints)[0] is None):
+            check_source(config)
         with stages("text"):
             text = prepare_text(config)
             if config.init_from is not None and resume == "no":
                 check_fit(config, text)
-        run = RunFolder.claim(folder) if resume == "no" else RunFolder(folder)
-        with alone_in(run), logging_to(run.log):
+        if resume == "no":
+            run = RunFolder.claim(folder, again=config.resume == "auto")
+            held.enter_context(alone_in(run))
+        with logging_to(run.log):
             check_identity(run, text)
             if resume != "no":
                 with stages("embedding"):
                     check_table(run, torch.from_numpy(build_embedding(config, text).array("table")))
-            save_encoding(text.encoding, run.tokenizer)
             run.write_config(yaml.safe_dump(asdict(replace(config, resume=None)), sort_keys=False))
+            save_encoding(text.encoding, run.tokenizer)
             log.info(f"run folder {run.path}" + ("" if resume == "no" else " (resumed)"))
             metrics = run_stages(config, run, text, stages)
             run.write_metrics({**metrics, "weights": sha256_of(run.checkpoints / BEST)})
@@ -147,15 +152,14 @@ def run_stages(config: Config, run: RunFolder, text: Text, stages: Stages) -> di
 def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: int, stages: Stages) -> Trained:
     """Phase 2, then the best checkpoint reloaded: validated, and tested once."""
     L.seed_everything(config.seed, verbose=False)
-    module = build_module(config, vocab_size)
-    if config.init_from is not None:
+    module, checkpoint = build_module(config, vocab_size), newest_intact(run.checkpoints)[0]
+    if config.init_from is not None and checkpoint is None:
         load_weights(module, config.init_from, data.table)
     settings = callback_settings(config, run, data)
     history, patience = History(**settings["history"]), Patience(**settings["early_stopping"])
     best, safeguard = BestCheckpoint(**settings["checkpoint"]), Safeguard(**settings["safeguard"])
     data.setup("fit")
     steps = len(data.train_dataloader())
-    checkpoint = newest_intact(run.checkpoints)[0]
     hardware = {
         **asdict(config.trainer),
         "precision": resolve_precision(config.trainer.precision, config.trainer.accelerator),
@@ -177,12 +181,13 @@ def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: i
         mode = compile_mode(config.trainer.accelerator)
         # On a CPU each shape by itself: the compiler of torch 2.13 fails on attention in fp32 when one may change.
         module.model.compile(mode=mode, dynamic=None if mode else False)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    trainer.logger = None  # the phase's metrics.csv ends with its last epoch
-    epochs, stopped = history.epochs, history.stopped  # before the best checkpoint brings back those of its time
-    path = Path(str(best.dirpath)) / BEST  # the first process's: others may have been given folders of their own
-    scores = trainer.validate(module, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)[0]
-    scores = {**scores, **trainer.test(module, datamodule=data, verbose=False)[0]}  # the weights are still those
+    with stopping():
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        trainer.logger = None  # the phase's metrics.csv ends with its last epoch
+        epochs, stopped = history.epochs, history.stopped  # before the best checkpoint brings back those of its time
+        path = Path(str(best.dirpath)) / BEST  # the first process's: others may have been given folders of their own
+        scores = trainer.validate(module, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)[0]
+        scores = {**scores, **trainer.test(module, datamodule=data, verbose=False)[0]}  # the weights are still those
     return Trained(module, epochs, stopped, scores)
 
 

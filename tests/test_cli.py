@@ -11,7 +11,7 @@ import yaml
 
 from ctxkv_lightning import __main__ as second_door
 from ctxkv_lightning import pipeline
-from ctxkv_lightning.cli import _same, _saved_as, check_overruled
+from ctxkv_lightning.cli import _same, _saved_as, check_overruled, check_spelling
 from ctxkv_lightning.errors import EXIT_CODE, UserError
 from ctxkv_lightning.export import export_run
 from ctxkv_lightning.lm.module import ContextKVLMModule
@@ -196,3 +196,23 @@ def test_mistakes_are_one_sentence(stopped, tmp_path, capsys):
     ):
         assert cli(*arguments) == EXIT_CODE, arguments
         assert capsys.readouterr().err.count("\n") == 1, arguments
+
+
+@pytest.mark.parametrize(
+    "argument", ["--conf", "--conf=a", "-cevil.yaml", "--ckpt", "--ckpt_pat=a", "--seed", "--mod={}", "--train=a"]
+)
+def test_an_abbreviation_does_not_get_past_what_whole_names_are_held_to(argument, capsys):
+    with pytest.raises(UserError, match=r"is short for -.*: write it out"):
+        check_spelling(["--trainer.max_epochs", "3", argument])
+    assert cli("fit", argument) == EXIT_CODE
+    assert "is short for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argument", ["--config", "-c", "-c=a", "--model.lr", "--trainer", "--help", "--print_config"])
+def test_a_whole_name_is_no_abbreviation(argument):
+    check_spelling([argument, "a"])
+
+
+def test_an_abbreviation_of_another_option_is_none_either(capsys):
+    assert cli("fit", "--trainer.max_epoch", "3") == EXIT_CODE
+    assert "trainer.max_epoch" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """A run that is stopped and resumed is the run that was not stopped: weights, optimizer, order, dropout, metrics."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -17,12 +18,12 @@ import torch
 import yaml
 from lightning import Callback
 
-from ctxkv_lightning import build, phase_one, pipeline
+from ctxkv_lightning import build, phase_one, pipeline, store
 from ctxkv_lightning.config import TrainConfig
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.resume import check_changes
 from ctxkv_lightning.run import checkpoint, interruption
-from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.run.folder import RunFolder, alone_in
 from ctxkv_lightning.run.interruption import Interrupted
 from ctxkv_lightning.run.saved import read
 from ctxkv_lightning.store import Store
@@ -542,3 +543,56 @@ def test_a_new_run_may_start_from_the_weights_of_another(whole, shared, tmp_path
         pipeline.run_experiment(replace(config, model=replace(config.model, ffn_dim=32)), tmp_path / "third")
     assert not (tmp_path / "other").exists()
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_a_run_that_is_stopped_while_it_is_tested_says_so_and_is_finished_by_a_resume(
+    whole, shared, tmp_path, monkeypatch, number
+):
+    """Lightning ends such a run with exit code 0, and under SLURM leaves a checkpoint that it prefers to the best."""
+
+    class Late(Callback):
+        def on_test_start(self, trainer, pl_module):
+            os.kill(os.getpid(), number)
+
+    assert interrupted(shared, tmp_path / "run", Late(), monkeypatch) == 143
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    pipeline.run_experiment(shared, tmp_path / "run", resume="strict")
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_run_that_somebody_is_at_is_left_alone(shared, tmp_path, monkeypatch):
+    """What its process had half-written was removed before the lock was asked for, and that process died of it."""
+    assert interrupted(shared, tmp_path / "run", Stop("ContextKVLMModule", 2), monkeypatch) == 143
+    run = RunFolder(tmp_path / "run")
+    half = run.checkpoints / f"{checkpoint.ASIDE}last.ckpt-1"
+    half.touch()
+    with alone_in(run), pytest.raises(UserError, match="another process is at the run"):
+        pipeline.run_experiment(shared, run.path, resume="strict")
+    assert half.exists()
+
+
+def test_a_run_that_was_started_from_another_needs_that_no_more(whole, shared, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "first")
+    config = replace(shared, init_from=str(tmp_path / "first"))
+    assert interrupted(config, tmp_path / "run", Stop("ContextKVLMModule", 2), monkeypatch) == 143
+    shutil.rmtree(tmp_path / "first")
+    pipeline.run_experiment(config, tmp_path / "run", resume="strict")
+    assert len(numbers(tmp_path / "run")[0]) == BASE.train.max_epochs
+
+
+def test_a_run_goes_on_where_the_cache_may_only_be_read(whole, shared, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(shared.cache_dir, tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache" / "encoder")
+    make, config = store._make, replace(shared, cache_dir=str(tmp_path / "cache"))
+
+    def refuse(folder, root):
+        if root == config.cache_dir:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        make(folder, root)
+
+    monkeypatch.setattr(store, "_make", refuse)
+    pipeline.run_experiment(config, tmp_path / "run", resume="strict")
+    assert_same_run(tmp_path / "run", whole)
+    assert [path.name for path in (tmp_path / "run" / "cache").iterdir()] == ["encoder"]

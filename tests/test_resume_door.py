@@ -3,12 +3,14 @@
 import operator
 import os
 import shutil
+import sys
 import time
 from dataclasses import asdict
 
 import pytest
 import yaml
 
+import train
 from ctxkv_lightning.config import Config
 from ctxkv_lightning.door import check_command_line, read_command_line
 from ctxkv_lightning.errors import UserError
@@ -178,8 +180,9 @@ def test_processes_that_a_cluster_starts_are_told_their_folder(here, monkeypatch
     with pytest.raises(UserError, match=r"give hydra\.run\.dir"):
         read_command_line(words)
     assert read_command_line([*words, "hydra.run.dir=job"]).resumed is None
-    assert read_command_line(["resume=auto"]).resumed is None, "alone, though beside others: an array of jobs"
     assert read_command_line(["trainer.devices=2"]).resumed is None
+    if "RANK" not in started:
+        assert read_command_line(["resume=auto"]).resumed is None, "a job's first process may be its only one"
 
 
 def test_who_follows_asks_nobody_whether_the_run_is_free(here, monkeypatch):
@@ -189,3 +192,39 @@ def test_who_follows_asks_nobody_whether_the_run_is_free(here, monkeypatch):
         assert read_command_line(words).resumed is None
         monkeypatch.setenv("LOCAL_RANK", "1")
         assert read_command_line(words).resumed.path == run.path
+
+
+@pytest.mark.parametrize("rank", ["SLURM_PROCID", "RANK", "LOCAL_RANK"])
+def test_a_process_that_follows_nobody_is_refused(here, monkeypatch, rank):
+    """It trained to the end, wrote no metrics, and said nothing."""
+    monkeypatch.setenv(rank, "1")
+    for words in (["interval=5"], ["-m", "interval=5,10"]):
+        with pytest.raises(UserError, match=rf"not the first .* \({rank}=1\), but trainer.devices and num_nodes are 1"):
+            read_command_line(words)
+    assert read_command_line(["trainer.devices=2", "hydra.run.dir=a"]).trials
+    monkeypatch.setenv(rank, "0")
+    assert read_command_line(["interval=5"]).trials
+
+
+def test_auto_in_a_named_folder_goes_on_with_a_finished_run_too(here):
+    """A job that was killed before its report, or is run again, ends well."""
+    run = left(here, "a", finished=True)
+    assert read_command_line(["resume=auto", f"hydra.run.dir={run.path}"]).resumed.path == run.path
+    assert read_command_line(["resume=auto"]).resumed is None
+    assert read_command_line(["resume=auto", "interval=5", f"hydra.run.dir={run.path}"]).resumed is None
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["a=1", "-m"], ["a=1", "b=2", "-m"]),
+        (["-m", "a=1"], ["-m", "a=1", "b=2"]),
+        (["a=1", "c='x=y'", "--run"], ["a=1", "c='x=y'", "b=2", "--run"]),
+        (["-m"], ["-m", "b=2"]),
+        ([], ["b=2"]),
+    ],
+)
+def test_what_is_added_to_the_command_line_stands_where_overrides_are_read(monkeypatch, words, expected):
+    monkeypatch.setattr(sys, "argv", ["/a=b/train.py", *words])
+    train._add("b=2")
+    assert sys.argv == ["/a=b/train.py", *expected]

@@ -92,6 +92,8 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             _replace(path, checkpoint)
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            if (stop := _stop_behind(error)) is not None:
+                raise stop from None
             raise UserError(
                 f"the checkpoint {path} cannot be written ({_reason(error)}): make room or rights there; what was "
                 "saved before is intact"
@@ -212,6 +214,14 @@ def _write_manifest(path: Path, digests: Sequence[str]) -> None:
         _sync_folder(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _stop_behind(error: BaseException) -> BaseException | None:
+    """What a signal raised while torch wrote, whose writer complains that it did not come to its end."""
+    cause: BaseException | None = error
+    while cause is not None and isinstance(cause, Exception):
+        cause = cause.__context__
+    return cause
 
 
 def _reason(error: BaseException) -> str:

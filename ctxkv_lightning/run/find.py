@@ -43,13 +43,16 @@ def named_run(name: str, outputs: Path) -> RunFolder:
     return run
 
 
-def unfinished_run(among: Iterable[RunFolder], same: Callable[[RunFolder], bool]) -> RunFolder | None:
-    """The first unfinished run among these that is the `same` and that no process is at, if there is one.
+def run_to_resume(
+    among: Iterable[RunFolder], same: Callable[[RunFolder], bool], finished: bool = False
+) -> RunFolder | None:
+    """The first run among these that is the `same` and that no process is at, if there is one; `finished` ones too.
 
     A process that follows asks nobody: the first one may be at the run already, or be kept from it by being asked.
     """
     for run in among:
-        if run.config.is_file() and not is_finished(run) and same(run) and (follows() or is_free(run)):
+        goes_on = run.config.is_file() and (finished or not is_finished(run))
+        if goes_on and same(run) and (follows() or is_free(run)):
             return run
     return None
 
@@ -75,6 +78,9 @@ def is_finished(run: RunFolder) -> bool:
 
 
 def is_free(run: RunFolder) -> bool:
-    """Whether no living process of this machine holds the run."""
-    with locked(run.lock) as held:
-        return held is not False
+    """Whether no living process of this machine holds the run, and one may be at it: it may be another user's."""
+    try:
+        with locked(run.lock) as held:
+            return held is not False
+    except OSError:
+        return False

@@ -24,13 +24,15 @@ class RunFolder:
         self.path = Path(path)
 
     @classmethod
-    def claim(cls, path: Path) -> "RunFolder":
+    def claim(cls, path: Path, again: bool = False) -> "RunFolder":
         """Makes `path`, parents included, for exactly one run, also among several processes.
 
-        Raises UserError when a run is there already or the folder cannot be written; what this call
-        had made by then is removed again.
+        With `again`, one that was killed before it had written anything is none. Raises UserError when a run is there
+        already or the folder cannot be written; what this call had made by then is removed again.
         """
         run = cls(path)
+        if again and run.checkpoints.is_dir() and not run.config.exists():
+            run._remove_claim()
         with contextlib.ExitStack() as undo:
             try:
                 for folder in run._missing_folders():
@@ -46,6 +48,12 @@ class RunFolder:
                 ) from error
             undo.pop_all()
         return run
+
+    def _remove_claim(self) -> None:
+        """Gives up the claim of a process that is gone, if it left no checkpoint."""
+        with contextlib.suppress(OSError), locked(self.lock) as held:
+            if held is not False:
+                _remove_if_empty(self.checkpoints)
 
     def _missing_folders(self) -> list[Path]:
         """`path` and those of its parents that do not exist, outermost first."""
@@ -170,8 +178,12 @@ class RunFolder:
 
 @contextlib.contextmanager
 def alone_in(run: RunFolder) -> Iterator[None]:
-    """Holds the run during the block; raises UserError where another process has it."""
-    with locked(run.lock) as held:
+    """Holds the run during the block; raises UserError where another process has it, or the disk refuses."""
+    with contextlib.ExitStack() as stack:
+        try:
+            held = stack.enter_context(locked(run.lock))
+        except OSError as error:
+            raise UserError(f"Cannot write {run.lock} ({error.strerror}), copy the run to where you may.") from None
         if held is False:
             raise UserError(f"another process is at the run {run.path}: let it end, or stop it first")
         yield

@@ -3,8 +3,10 @@
 import logging
 import os
 import signal
+import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
@@ -21,6 +23,9 @@ EVERY_SECONDS = 600.0
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
+REQUEUED = getattr(signal, "SIGUSR2", None)
+"""By which submitit tells a job that its time is over; its handler has the job run again."""
+
 
 class Interrupted(BaseException):
     """The run was asked to stop and has saved; `code` is the exit code: 130 after Ctrl-C, 143 otherwise."""
@@ -30,12 +35,35 @@ class Interrupted(BaseException):
         self.code = code
 
 
+@contextmanager
+def stopping() -> Iterator[None]:
+    """While nothing is trained, SIGTERM and SIGUSR1 raise `Interrupted` at once.
+
+    Lightning would end in silence with exit code 0; under SLURM it would write a checkpoint of its own into the run,
+    which it would prefer to the one that is asked for, and requeue the job.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if isinstance(sys.exc_info()[1], Interrupted):  # it is stopping already, and may be writing what waits
+            return
+        log.info("stopped by a signal; what was trained is saved")
+        raise Interrupted(143)
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS if number != signal.SIGINT}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Safeguard(Checkpoint):
     """Saves `checkpoint` every `every_seconds`, and on SIGTERM, SIGUSR1 or Ctrl-C, after which it raises `Interrupted`.
 
     It acts between two steps, and saves at the end of the last epoch and of each other, but for those that are over
     sooner than a checkpoint is worth; or only between two epochs, where an epoch is not to be broken. A second Ctrl-C
-    quits at once. All processes of a run stop at the same place, whichever was told.
+    quits at once. All processes of a run stop at the same place, whichever was told. After submitit's SIGUSR2 it has
+    saved when submitit's own handler is called.
     """
 
     def __init__(
@@ -53,7 +81,8 @@ class Safeguard(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the signals over, from Lightning too, whose handlers save in the middle of a step."""
         self._received, self._saved = None, time.monotonic()
-        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        taken = [*SIGNALS, *([REQUEUED] if REQUEUED is not None and callable(signal.getsignal(REQUEUED)) else [])]
+        self._before = {number: signal.signal(number, self._receive) for number in taken}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
         if self.between == "steps" and not trainer.is_last_batch:
@@ -85,6 +114,10 @@ class Safeguard(Checkpoint):
 
     def _stop(self, trainer: Trainer) -> NoReturn:
         log.info(f"stopped by a signal after step {trainer.global_step}, saved in {self.checkpoint}")
+        if REQUEUED is not None and self._received == REQUEUED:
+            handler = self._before[REQUEUED]
+            self._give_back()
+            handler(REQUEUED, None)
         raise Interrupted(130 if self._received == signal.SIGINT else 143)
 
     def _agreed(self, trainer: Trainer, wanted: bool) -> bool:

@@ -248,3 +248,20 @@ def test_a_changed_patience_is_not_overruled_by_the_checkpoint():
     new.load_state_dict(old.state_dict())
     assert (new.patience, new.wait_count, new.best_score) == (9, 1, 2)
     assert new.state_key == EarlyStopping("x").state_key
+
+
+def test_a_signal_while_torch_writes_is_no_trouble_with_the_disk(tmp_path, monkeypatch):
+    """torch's writer complains that it did not come to its end, which hid what a launcher's handler had raised."""
+    write, calls = checkpoint._HashingWriter.write, []
+
+    def stopped(self, data):
+        calls.append(len(data))
+        if len(calls) == 3:
+            raise SystemExit(-1)
+        return write(self, data)
+
+    monkeypatch.setattr(checkpoint._HashingWriter, "write", stopped)
+    with pytest.raises(SystemExit) as raised:
+        save(tmp_path / "x.ckpt", weights={str(i): torch.zeros(50_000) for i in range(30)})
+    assert raised.value.code == -1
+    assert list(tmp_path.iterdir()) == []

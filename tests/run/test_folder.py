@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from ctxkv_lightning.errors import UserError
-from ctxkv_lightning.run.folder import RunFolder
+from ctxkv_lightning.run.find import is_free
+from ctxkv_lightning.run.folder import RunFolder, alone_in
 
 CLAIM = """
 import sys, time
 from pathlib import Path
 from ctxkv_lightning.errors import UserError
+from ctxkv_lightning.run.find import is_free
 from ctxkv_lightning.run.folder import RunFolder
 time.sleep(max(0, float(sys.argv[2]) - time.time()))
 try:
@@ -212,3 +214,27 @@ def test_schema_is_plain_json(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.write_metrics(sample_metrics())
     assert json.loads(run.metrics.read_text()) == sample_metrics()
+
+
+def test_a_claim_that_was_killed_at_once_can_be_claimed_again(tmp_path: Path) -> None:
+    run = RunFolder.claim(tmp_path / "run")
+    with pytest.raises(UserError, match="holds a run already"):
+        RunFolder.claim(run.path)
+    with alone_in(run), pytest.raises(UserError, match="holds a run already"):
+        RunFolder.claim(run.path, again=True)
+    assert RunFolder.claim(run.path, again=True).checkpoints.is_dir()
+    (run.checkpoints / "last.ckpt").touch()
+    with pytest.raises(UserError, match="holds a run already"):
+        RunFolder.claim(run.path, again=True)
+    (run.checkpoints / "last.ckpt").unlink()
+    run.write_config("seed: 1")
+    with pytest.raises(UserError, match="holds a run already"):
+        RunFolder.claim(run.path, again=True)
+
+
+def test_a_run_whose_lock_cannot_be_written_is_one_sentence_and_not_free(tmp_path: Path) -> None:
+    run = RunFolder.claim(tmp_path / "run")
+    run.lock.mkdir()
+    with pytest.raises(UserError, match=r"Cannot write .*\.lock \(Is a directory\)"), alone_in(run):
+        pass
+    assert not is_free(run)

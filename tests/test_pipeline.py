@@ -240,6 +240,13 @@ def test_too_many_samples_are_refused_with_the_count(tmp_path):
             TrainerConfig(strategy="foo"),
             r"trainer.strategy=foo cannot be had here \(.*invalid strategy name.*\): change",
         ),
+        *(
+            (
+                TrainerConfig(accelerator="cpu", devices=2, strategy=f"ddp_{how}"),
+                rf"trainer.strategy=ddp_{how} trains in processes that take what they have trained with them",
+            )
+            for how in ("spawn", "fork")
+        ),
         (TrainerConfig(accelerator="cpu", strategy="fsdp"), r"trainer.strategy=fsdp cannot .*requires a GPU"),
         (TrainerConfig(accelerator="mps"), r"trainer.accelerator=mps .* cannot be had here \(.*not available\)"),
         (TrainerConfig(accelerator="gpu", devices=99), r"trainer.accelerator=gpu trainer.devices=99 .* cannot be had"),

@@ -24,7 +24,7 @@ NOTES = (
     "PPL is per token of each run's own tokenizer; val. is the text by which the best epoch is chosen, test is read "
     "once, at the end, by the checkpoint of that epoch.",
     "KB kept counts the tensors that a decoder of one text really keeps after 10,000 tokens, in fp32; 1 KB is 1,000 "
-    "bytes.",
+    "bytes. A transformer keeps every token, but its PPL is measured in windows, with fewer in reach than that.",
     "A dash stands for a setting that the model does not read, or a number that a run does not have.",
 )
 

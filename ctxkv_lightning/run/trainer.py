@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from ctxkv_lightning.errors import UserError
 from ctxkv_lightning.run.callbacks import ProgressBar
@@ -97,17 +98,22 @@ def make_trainer(
 
 
 def check_hardware(hardware: dict[str, Any]) -> None:
-    """Raises UserError where a Trainer cannot have this accelerator, these devices or this strategy."""
+    """Raises UserError where a Trainer cannot have this accelerator, these devices or this strategy, or must not."""
     asked = {name: hardware[name] for name in ("accelerator", "devices", "num_nodes", "strategy")}
     quiet_lightning()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the Trainer that is used says it
-            L.Trainer(**asked, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+            trainer = L.Trainer(**asked, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     except Exception as error:  # Lightning's connectors raise whatever they stumble over
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".!")
         settings = " ".join(f"trainer.{name}={value}" for name, value in asked.items())
         raise UserError(f"{settings} cannot be had here ({reason}): change them, or leave them out") from None
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise UserError(
+            f"trainer.strategy={asked['strategy']} trains in processes that take what they have trained with them when "
+            "they end: leave it out, or give ddp"
+        )
 
 
 def quiet_lightning() -> None:

@@ -102,7 +102,7 @@ results-best: $(STAMP) ## Train the best recipe, its rivals and every part of it
 	$(BEST) seed=42,1,2 pretrain.lm_epochs=4 pretrain.lm_weight_dropout=0 $(OUT)/taught-briefly
 	$(BEST) samples=500 seed=42,1,2 $(OUT)/best-500
 	$(BEST) samples=500 seed=1 model=sliding_window model.window_tokens=9 recipe.pointer_window=500 $(OUT)/best-500-rivals
-	$(BEST) samples=500 seed=1 model=recurrence recipe.pointer_window=602 $(OUT)/best-500-rivals
+	$(BEST) samples=500 seed=1,2 model=recurrence recipe.pointer_window=602 $(OUT)/best-500-rivals
 	$(BEST) samples=500 seed=42,1,2 recipe.pointer_heads=0 recipe.pointer_values=false $(OUT)/without-pointer-500
 	$(BIN)/python -m benchmarks.findings outputs/results
 

@@ -175,7 +175,7 @@ def _override(key: str, value: str) -> str:
 
 def _add(word: str) -> None:
     """Adds to the overrides of the command line: behind the last of them, for behind a flag none would be taken."""
-    overrides = [i for i, each in enumerate(sys.argv) if i and "=" in each and each[0] != "-"]
+    overrides = [i for i, each in enumerate(sys.argv) if i and (each[0] == "~" or ("=" in each and each[0] != "-"))]
     sys.argv.insert(max(overrides, default=len(sys.argv) - 1) + 1, word)
 
 

@@ -220,6 +220,7 @@ def test_auto_in_a_named_folder_goes_on_with_a_finished_run_too(here):
         (["a=1", "-m"], ["a=1", "b=2", "-m"]),
         (["-m", "a=1"], ["-m", "a=1", "b=2"]),
         (["a=1", "c='x=y'", "--run"], ["a=1", "c='x=y'", "b=2", "--run"]),
+        (["~c", "-m"], ["~c", "b=2", "-m"]),
         (["-m"], ["-m", "b=2"]),
         ([], ["b=2"]),
     ],

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -88,11 +89,12 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             self._write(checkpoint, path)
 
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
+        stopping = sys.exc_info()[1]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _replace(path, checkpoint)
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-            if (stop := _stop_behind(error)) is not None:
+            if (stop := _stop_behind(error)) not in (None, stopping):
                 raise stop from None
             raise UserError(
                 f"the checkpoint {path} cannot be written ({_reason(error)}): make room or rights there; what was "
@@ -217,7 +219,7 @@ def _write_manifest(path: Path, digests: Sequence[str]) -> None:
 
 
 def _stop_behind(error: BaseException) -> BaseException | None:
-    """What a signal raised while torch wrote, whose writer complains that it did not come to its end."""
+    """What a signal raised: while torch wrote, whose writer complains that it did not come to its end; or before."""
     cause: BaseException | None = error
     while cause is not None and isinstance(cause, Exception):
         cause = cause.__context__

@@ -28,11 +28,14 @@ REQUEUED = getattr(signal, "SIGUSR2", None)
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop and has saved; `code` is the exit code: 130 after Ctrl-C, 143 otherwise."""
+    """The run was asked to stop and has saved; `code` is the exit code: 130 after Ctrl-C, 143 otherwise.
 
-    def __init__(self, code: int) -> None:
+    `by` is the signal, where its handler raised this, which Python may ignore: see `ctrl_c.heard`.
+    """
+
+    def __init__(self, code: int, by: int | None = None) -> None:
         super().__init__(code)
-        self.code = code
+        self.code, self.by = code, by
 
 
 @contextmanager
@@ -47,7 +50,7 @@ def stopping() -> Iterator[None]:
         if isinstance(sys.exc_info()[1], Interrupted):  # it is stopping already, and may be writing what waits
             return
         log.info("stopped by a signal; what was trained is saved")
-        raise Interrupted(143)
+        raise Interrupted(143, by=number)
 
     before = {number: signal.signal(number, stop) for number in SIGNALS if number != signal.SIGINT}
     try:
@@ -95,9 +98,9 @@ class Safeguard(Checkpoint):
         self._act(trainer, due=self.between == "steps" and self._agreed(trainer, worth))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._give_back()
         if self._agreed(trainer, self._received is not None):  # while the last checkpoint was being saved
             self._stop(trainer)
+        self._give_back()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._give_back()
@@ -129,7 +132,9 @@ class Safeguard(Checkpoint):
         self._before = {}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        before, self._received = self._received, number
+        before = self._received
+        if before is None or number == signal.SIGINT or before not in (signal.SIGINT, REQUEUED):
+            self._received = number  # a launcher that has the job run again may send SIGTERM too
         if number != signal.SIGINT:
             return
         if before == number:

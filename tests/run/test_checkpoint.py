@@ -265,3 +265,18 @@ def test_a_signal_while_torch_writes_is_no_trouble_with_the_disk(tmp_path, monke
         save(tmp_path / "x.ckpt", weights={str(i): torch.zeros(50_000) for i in range(30)})
     assert raised.value.code == -1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_while_a_run_is_stopped_is_said(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    def stopped():
+        try:
+            raise SystemExit(143)
+        finally:
+            save(tmp_path / "x.ckpt")
+
+    monkeypatch.setattr(checkpoint, "_replace", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        stopped()

@@ -2,10 +2,12 @@
 
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
 
+from ctxkv_lightning.run.ctrl_c import heard
 from ctxkv_lightning.run.interruption import REQUEUED, Interrupted, Safeguard, stopping
 
 
@@ -32,8 +34,29 @@ def test_who_is_stopping_is_not_stopped_again(tmp_path):
     assert (tmp_path / "what waited").exists()
 
 
+class Garbage:
+    """As it is freed, SIGTERM arrives."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)  # Python looks for signals between two of its own instructions
+
+
+def test_a_signal_in_a_finalizer_is_sent_again():
+    def freed():
+        garbage = Garbage()
+        del garbage
+        time.sleep(5)
+
+    with heard(), stopping(), pytest.raises(Interrupted) as raised:
+        freed()
+    assert raised.value.code == 143
+
+
 @pytest.mark.skipif(REQUEUED is None, reason="this system has no SIGUSR2")
-def test_a_job_that_is_to_run_again_saves_before_its_launcher_hears(tmp_path):
+@pytest.mark.parametrize("then", [None, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["on_train_batch_end", "on_train_end"])
+def test_a_job_that_is_to_run_again_saves_before_its_launcher_hears(tmp_path, moment, then):
     happened = []
 
     def requeue(number, frame):
@@ -48,10 +71,12 @@ def test_a_job_that_is_to_run_again_saves_before_its_launcher_hears(tmp_path):
         guard = Safeguard(tmp_path / "last.ckpt")
         guard.on_train_start(trainer, None)
         os.kill(os.getpid(), REQUEUED)
+        if then is not None:
+            os.kill(os.getpid(), then)
         assert happened == []
         with pytest.raises(SystemExit):
-            guard.on_train_batch_end(trainer, None)
-        assert happened == ["last.ckpt", "requeued"]
+            getattr(guard, moment)(trainer, None)
+        assert happened == [*(["last.ckpt"] if moment == "on_train_batch_end" else []), "requeued"]
         assert signal.getsignal(REQUEUED) == requeue
     finally:
         signal.signal(REQUEUED, before)

@@ -145,7 +145,7 @@ def page(runs: Sequence[Run], pages: Path, recorded: Sequence[Entry]) -> str:
         "best epoch, and bytes kept are a decoder's after 10,000 tokens in fp32. First the published model and its "
         f"rivals: all were trained in the published way for at most {EPOCHS} epochs, tuned for none; the published "
         "selection also for as long as its patience of three epochs lasted. Means count as different when two standard "
-        "deviations of their difference lie between them. What was 'asked for' are bounds set before the runs."
+        "deviations of their difference lie between them. What was 'asked for' are bounds that the project set itself."
         f"{taught(runs)} Not yet run: " + missing(runs) + ".",
         MEASURED,
     ]

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import lightning as L
 import torch
 import yaml
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
@@ -187,7 +188,10 @@ def train(config: Config, run: RunFolder, data: ContextDataModule, vocab_size: i
         epochs, stopped = history.epochs, history.stopped  # before the best checkpoint brings back those of its time
         path = Path(str(best.dirpath)) / BEST  # the first process's: others may have been given folders of their own
         scores = trainer.validate(module, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)[0]
-        scores = {**scores, **trainer.test(module, datamodule=data, verbose=False)[0]}  # the weights are still those
+        # The weights are still those, but under SLURM Lightning would look for a checkpoint of its own requeueing.
+        again = path if SLURMEnvironment.detect() else None
+        tested = trainer.test(module, datamodule=data, ckpt_path=again, weights_only=True, verbose=False)[0]
+        scores = {**scores, **tested}
     return Trained(module, epochs, stopped, scores)
 
 

@@ -596,3 +596,15 @@ def test_a_run_goes_on_where_the_cache_may_only_be_read(whole, shared, tmp_path,
     pipeline.run_experiment(config, tmp_path / "run", resume="strict")
     assert_same_run(tmp_path / "run", whole)
     assert [path.name for path in (tmp_path / "run" / "cache").iterdir()] == ["encoder"]
+
+
+def test_a_checkpoint_of_slurms_requeueing_is_not_what_is_tested(whole, shared, tmp_path, monkeypatch):
+    """Lightning prefers it, under SLURM, where no checkpoint is named: the test PPL was that of its weights."""
+    shutil.copytree(whole, tmp_path / "run")
+    other = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)
+    for weight in other["state_dict"].values():
+        weight.zero_()
+    checkpoint.VerifiedCheckpointIO().save_checkpoint(other, tmp_path / "run" / "hpc_ckpt_1.ckpt")
+    monkeypatch.setattr("lightning.fabric.plugins.environments.SLURMEnvironment.detect", lambda: True)
+    pipeline.run_experiment(shared, tmp_path / "run", resume="strict")
+    assert numbers(tmp_path / "run")[2] == numbers(whole)[2]
